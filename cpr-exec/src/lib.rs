@@ -1,1 +1,59 @@
-//! cpr-exec
+//! The cpr-exec mode: the running program executes its successor directly, and the guest stays where it is.
+//!
+//! Descriptors keep their numbers because close-on-exec is cleared on those in the registry at the last moment. Their
+//! names and numbers, and what else the successor must know before it creates a device, travel in a sealed memfd
+//! whose number stands in one environment variable: the second channel, hidden from the user. Device state goes
+//! through the main channel, a file or another memfd. Same pid, same container, same connections.
+//!
+//! - Source: hand a [`CprExec`] to [`cpr_core::Update::begin`].
+//! - Target: call [`receive`] first thing in `main`, before anything is opened.
+//!
+//! The crate refuses to know what the program is: it is used by `cpr-vmm`, and `examples/echo.rs` keeps the TCP
+//! connections of an echo server with it.
+
+mod channel;
+mod cleanup;
+mod environment;
+mod source;
+mod target;
+
+pub use channel::{ChannelError, MainChannel};
+pub use cleanup::KeeperEnd;
+pub use environment::{EnvironmentError, RESERVED_PREFIX, STATE_VARIABLE};
+pub use source::{CommandError, CprExec};
+pub use target::{ExecArrival, ReceiveError, receive};
+
+use cpr_core::{ModeId, ModeInfo, Properties};
+
+/// The mode's name.
+pub const MODE: ModeId = ModeId::from_static("cpr-exec");
+
+/// What the mode promises.
+pub const PROPERTIES: Properties = Properties::SAME_PID
+    .union(Properties::RAM_IN_PLACE)
+    .union(Properties::DESCRIPTORS_SURVIVE)
+    .union(Properties::SAME_KERNEL)
+    .union(Properties::DEVICES_STAY_ATTACHED);
+
+/// Name and properties together.
+pub fn mode_info() -> ModeInfo {
+    ModeInfo { id: MODE, properties: PROPERTIES }
+}
+
+/// Registry names of the mode's own descriptors.
+mod names {
+    pub(crate) const CONTROL: &str = "cpr-exec/control";
+    pub(crate) const DOORBELL: &str = "cpr-exec/doorbell";
+    pub(crate) const MAIN: &str = "cpr-exec/main";
+    pub(crate) const PROCESS_SECTION: &str = "cpr-exec/process";
+    pub(crate) const REGISTRY_SECTION: &str = "cpr-core/registry";
+}
+
+/// Version 1 of the `cpr-exec/process` section: what of the process itself exec does not keep by itself.
+#[derive(Debug, serde::Serialize, serde::Deserialize)]
+struct ProcessSection {
+    /// Blocked signals before the update, bit n - 1 for signal n.
+    signal_mask: u64,
+    /// Where the main frame is.
+    main: channel::ChannelWire,
+}

@@ -1,1 +1,43 @@
-//! oslib
+//! Safe signatures over the Linux system calls that a live update of a VMM needs.
+//!
+//! Everything here takes `AsFd` or [`BorrowedFd`](std::os::fd::BorrowedFd) and returns
+//! [`OwnedFd`](std::os::fd::OwnedFd), and every descriptor made here is close-on-exec from birth: what survives an
+//! exec does so because somebody cleared that flag ([`cloexec`]) on purpose. The crate knows nothing of KVM, VFIO,
+//! virtual machines or update modes; it has no thread, no event loop and no global state apart from the record of
+//! numbers in [`inherited`]. The manual pages of section 2 are the source of truth, with the kernel's own
+//! documentation where they lag behind.
+//!
+//! | for | module |
+//! |---|---|
+//! | descriptors across exec | [`cloexec`], [`inherited`], [`exec`], [`environment`] |
+//! | memory with a descriptor | [`memfd`], [`mod@shared`], [`mapping`] |
+//! | descriptors across processes | [`scm`], [`uds`] |
+//! | processes | [`pidfd`], [`process`], [`keeper`] |
+//! | wake-ups, signals, time, terminals | [`eventfd`], [`signals`], [`clock`], [`term`], [`stream`] |
+//!
+//! Linux 5.14 or later on x86-64. Process and thread ids are `u32`, as in [`std::process::id`]; signals are plain
+//! `i32` numbers, because real-time signals have no names.
+
+#[cfg(not(all(target_os = "linux", target_arch = "x86_64")))]
+compile_error!("oslib makes Linux x86-64 system calls and runs nowhere else");
+
+pub mod clock;
+pub mod cloexec;
+pub mod environment;
+pub mod eventfd;
+pub mod exec;
+pub mod inherited;
+pub mod keeper;
+pub mod mapping;
+pub mod memfd;
+pub mod pidfd;
+pub mod process;
+pub mod scm;
+pub mod shared;
+pub mod signals;
+pub mod stream;
+pub mod term;
+pub mod uds;
+
+mod mmap;
+mod retry;

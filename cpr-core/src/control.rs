@@ -1,0 +1,134 @@
+//! The control page of one attempt: ownership word, timeline, and a few numbers that source, keeper and target share.
+//!
+//! It is a sealed memfd of its own, made afresh for each attempt, so that nothing of an older attempt can be won or
+//! read by mistake. The layout is fixed; `docs/state-format.md` has it as a table.
+
+use std::io;
+use std::os::fd::OwnedFd;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use oslib::shared::{SharedWord, SharedWords};
+
+use crate::ownership::{Epoch, OwnershipWord};
+use crate::timeline::{Stamp, Timeline};
+
+/// "CPRCTRL" and the layout version.
+const MAGIC: u64 = u64::from_be_bytes(*b"CPRCTRL\x01");
+const MAGIC_AT: usize = 0;
+const WORD_AT: usize = 1;
+const BOOT_ID_AT: [usize; 2] = [2, 3];
+const EPOCH_AT: usize = 4;
+const KEEPER_AT: usize = 5;
+const STAMPS_AT: usize = 16;
+const WORDS: usize = 512;
+
+/// The shared page of one attempt. Clones share it.
+#[derive(Debug, Clone)]
+pub struct Control {
+    page: SharedWords,
+    epoch: Epoch,
+}
+
+impl Control {
+    /// Makes the page of a fresh attempt, owned by the source.
+    ///
+    /// # Errors
+    /// The memfd cannot be made, or the kernel does not tell its boot id.
+    pub fn create(epoch: Epoch) -> io::Result<Control> {
+        let page = SharedWords::create("cpr-control", WORDS)?;
+        let control = Control { page, epoch };
+        let boot_id = oslib::clock::boot_id()?;
+        for (at, half) in BOOT_ID_AT.into_iter().zip(boot_id.chunks(8)) {
+            let half = half.try_into().expect("a boot id is 16 bytes");
+            control.cell(at).store(u64::from_le_bytes(half), Ordering::Relaxed);
+        }
+        control.cell(EPOCH_AT).store(epoch, Ordering::Relaxed);
+        OwnershipWord::start(control.cell(WORD_AT), epoch);
+        control.cell(MAGIC_AT).store(MAGIC, Ordering::Release);
+        Ok(control)
+    }
+
+    /// Maps the page that the source of update `epoch` made.
+    ///
+    /// # Errors
+    /// It is no control page, or of another attempt.
+    pub fn attach(fd: Arc<OwnedFd>, epoch: Epoch) -> io::Result<Control> {
+        let page = SharedWords::map(fd).map_err(io::Error::other)?;
+        let invalid = |what| io::Error::new(io::ErrorKind::InvalidData, what);
+        if page.words().len() < WORDS || page.words()[MAGIC_AT].load(Ordering::Acquire) != MAGIC {
+            return Err(invalid("it is no CPR control page"));
+        }
+        if page.words()[EPOCH_AT].load(Ordering::Relaxed) != epoch {
+            return Err(invalid("the control page is of another update"));
+        }
+        Ok(Control { page, epoch })
+    }
+
+    /// The page's memfd, for the registry.
+    pub fn fd(&self) -> &Arc<OwnedFd> {
+        self.page.fd()
+    }
+
+    /// The attempt.
+    pub fn epoch(&self) -> Epoch {
+        self.epoch
+    }
+
+    /// Who may run the guest.
+    pub fn ownership(&self) -> OwnershipWord<'_> {
+        OwnershipWord::attach(self.cell(WORD_AT), self.epoch)
+    }
+
+    /// The bare word with its mapping, for code that can only compare it, as the keeper.
+    pub fn ownership_cell(&self) -> SharedWord {
+        self.page.word(WORD_AT).expect("the page was checked to have all words")
+    }
+
+    /// When what happened.
+    pub fn timeline(&self) -> Timeline<'_> {
+        Timeline::new(&self.page.words()[STAMPS_AT..STAMPS_AT + Stamp::PLACES])
+    }
+
+    /// The keeper's process id, once there is one. It is a child of the process that execs, and so of the target.
+    pub fn keeper_pid(&self) -> Option<u32> {
+        u32::try_from(self.cell(KEEPER_AT).load(Ordering::Acquire)).ok().filter(|&pid| pid > 0)
+    }
+
+    /// Notes the keeper's process id, or that there is none (again).
+    pub fn set_keeper_pid(&self, pid: Option<u32>) {
+        self.cell(KEEPER_AT).store(pid.map_or(0, u64::from), Ordering::Release);
+    }
+
+    fn cell(&self, at: usize) -> &AtomicU64 {
+        &self.page.words()[at]
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::ownership::Owner;
+
+    #[test]
+    fn source_and_target_see_one_page() {
+        let source = Control::create(9).unwrap();
+        let target = Control::attach(source.fd().clone(), 9).unwrap();
+        source.timeline().stamp(Stamp::Saved);
+        assert_eq!(target.timeline().at_ns(Stamp::Saved), source.timeline().at_ns(Stamp::Saved));
+        assert_eq!(target.keeper_pid(), None);
+        source.set_keeper_pid(Some(42));
+        assert_eq!(target.keeper_pid(), Some(42));
+        target.ownership().commit().unwrap();
+        assert_eq!(source.ownership().owner(), Some(Owner::Target));
+    }
+
+    #[test]
+    fn a_foreign_page_is_refused() {
+        let other = Control::create(9).unwrap();
+        let error = Control::attach(other.fd().clone(), 8).unwrap_err().to_string();
+        assert_eq!(error, "the control page is of another update");
+        let plain = SharedWords::create("plain", WORDS).unwrap();
+        Control::attach(plain.fd().clone(), 9).unwrap_err();
+    }
+}

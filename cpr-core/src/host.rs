@@ -1,0 +1,100 @@
+//! What a VMM (or any program with state worth keeping) implements to be updated.
+
+use std::time::Instant;
+
+use crate::error::BoxError;
+use crate::frame::{Frame, FrameWriter};
+use crate::mode::TerminalAction;
+
+/// What a region of guest memory is made of, as far as an update that leaves it in place cares.
+#[derive(Debug, Clone, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum Backing {
+    /// Shared memory with a descriptor that is in the registry under this name and id.
+    Shared {
+        /// Registry name.
+        name: String,
+        /// Registry id.
+        id: u64,
+    },
+    /// Private memory: it ends with this address space.
+    Private,
+    /// Memory of a guest_memfd, which is bound to one VM.
+    GuestMemfd,
+    /// Memory without a descriptor, or of unknown making.
+    Unknown,
+}
+
+/// A region of guest memory.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct MemoryRegion {
+    /// What the user calls it.
+    pub name: String,
+    /// Bytes.
+    pub len: u64,
+    /// What it is made of.
+    pub backing: Backing,
+}
+
+/// Whether the guest ran when it was stopped, and so whether it is to run again.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum GuestActivity {
+    /// It ran.
+    Running,
+    /// The user had paused it; it stays paused after the update.
+    Paused,
+}
+
+/// Takes the sections of the source.
+#[derive(Debug, Default)]
+pub struct StateWriter {
+    /// What the target must know before it creates a device. Small.
+    pub early: FrameWriter,
+    /// Everything else.
+    pub main: FrameWriter,
+}
+
+/// A program whose guest an update carries over.
+///
+/// One trait for both ends: a program that was updated is updated again. All methods run on the thread of the
+/// host's own loop.
+pub trait Host {
+    /// Every region of guest memory. What is not listed is lost: list all of it, in particular what must not be
+    /// left behind.
+    fn memory(&self) -> Vec<MemoryRegion>;
+
+    /// Parks the vCPUs and quiesces device threads, and says whether the guest ran. Called once per attempt; may be
+    /// called for a guest that is paused.
+    ///
+    /// # Errors
+    /// Something did not stop by `deadline`. Whatever was stopped is resumed by [`resume`](Self::resume).
+    fn stop(&mut self, deadline: Instant) -> Result<GuestActivity, BoxError>;
+
+    /// Runs the guest again after a roll back, or for the first time in the target, if `activity` says so.
+    ///
+    /// # Errors
+    /// The guest could not be started.
+    fn resume(&mut self, activity: GuestActivity) -> Result<(), BoxError>;
+
+    /// Writes every component's section, with the guest stopped.
+    ///
+    /// # Errors
+    /// A component cannot be saved now; it should name itself.
+    fn save(&mut self, state: &mut StateWriter) -> Result<(), BoxError>;
+
+    /// Gives every component its section back, in the target. Take sections out of `main`; those that remain
+    /// refuse the update.
+    ///
+    /// # Errors
+    /// A component refuses its section; it should name itself.
+    fn load(&mut self, main: &mut Frame) -> Result<(), BoxError>;
+
+    /// Keeps `action` until the stack has unwound to the loop, and runs it there as the very last thing: it replaces
+    /// the process. If it comes back, give its error to [`Update::terminal_failed`](crate::Update::terminal_failed).
+    fn request_terminal(&mut self, action: TerminalAction);
+
+    /// Descriptors whose last close takes long (KVM's), so that a mode that can keeps them open past the commit.
+    fn slow_to_close(&self) -> Vec<std::os::fd::RawFd> {
+        Vec::new()
+    }
+}

@@ -1,0 +1,184 @@
+//! The target's half of an update.
+//!
+//! ```text
+//!  begin (Adopt) ──► load (Restored) ──► commit (word flips, guest runs, Running) ──► released (Released)
+//!        └─────────────────┴──────────► abandon (Abandoned, in reverse order)
+//! ```
+//!
+//! Until `commit` the target is passive: it reads from no preserved descriptor, prints nothing, and writes neither
+//! guest RAM nor state, so that the source can still take the guest back unchanged.
+
+use crate::control::Control;
+use crate::error::IncomingError;
+use crate::frame::Frame;
+use crate::host::{GuestActivity, Host};
+use crate::mode::{MainSource, ModeInfo};
+use crate::notify::{Event, NotifyError, Told};
+use crate::ownership::Lost;
+use crate::registry::{FdEntry, FdPolicy, FdRegistry};
+use crate::timeline::{Report, Stamp};
+use crate::update::{Services, UPDATE_SECTION, UpdateSection, notice};
+
+/// What a mode's receiving end found.
+#[derive(Debug)]
+pub struct Arrival {
+    /// The mode that brought it.
+    pub mode: ModeInfo,
+    /// The early frame; the mode has taken its own sections out of it.
+    pub early: Frame,
+    /// The descriptors, decoded by the mode.
+    pub registry: FdRegistry,
+    /// The attempt's control page.
+    pub control: Control,
+}
+
+/// An update that is coming in, in the target.
+pub struct Incoming {
+    mode: ModeInfo,
+    services: Services,
+    control: Control,
+    early: Frame,
+    activity: GuestActivity,
+    told: Told,
+}
+
+impl std::fmt::Debug for Incoming {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Incoming")
+            .field("mode", &self.mode)
+            .field("activity", &self.activity)
+            .finish_non_exhaustive()
+    }
+}
+
+impl Incoming {
+    /// Takes over the descriptors and tells subscribers `Adopt`. Call it before any device is made; sets
+    /// `services.generation`.
+    ///
+    /// # Errors
+    /// The frame says nothing of an update, or says it wrongly; or a subscriber refuses.
+    pub fn begin(services: &mut Services, mut arrival: Arrival) -> Result<Incoming, IncomingError> {
+        let section = arrival.early.require(UPDATE_SECTION, 0)?;
+        let update: UpdateSection = section.decode(1)?;
+        if update.mode != arrival.mode.id.as_str() {
+            let reason = format!("written by mode '{}', received by '{}'", update.mode, arrival.mode.id);
+            return Err(section.malformed(reason).into());
+        }
+        services.registry.absorb(arrival.registry).map_err(|error| section.malformed(error))?;
+        services.generation = update.generation + 1;
+        let mut incoming = Incoming {
+            mode: arrival.mode,
+            services: services.clone(),
+            control: arrival.control,
+            early: arrival.early,
+            activity: if update.guest_running { GuestActivity::Running } else { GuestActivity::Paused },
+            told: Told::default(),
+        };
+        incoming.tell_all(Event::Adopt)?;
+        Ok(incoming)
+    }
+
+    /// The mode that brought the update.
+    pub fn mode(&self) -> &ModeInfo {
+        &self.mode
+    }
+
+    /// Early sections, for the host to take its own.
+    pub fn early(&mut self) -> &mut Frame {
+        &mut self.early
+    }
+
+    /// Whether the guest is to run after the commit.
+    pub fn activity(&self) -> GuestActivity {
+        self.activity
+    }
+
+    /// The attempt's shared page.
+    pub fn control(&self) -> &Control {
+        &self.control
+    }
+
+    /// The true blackout and its phases, as far as they are known.
+    pub fn report(&self) -> Report {
+        self.control.timeline().report()
+    }
+
+    /// Reads the main frame, lets the host load it, and checks that nothing was left over. The guest does not run
+    /// yet, and on an error must not.
+    ///
+    /// # Errors
+    /// Anything that makes this program unfit for this guest; call [`abandon`](Self::abandon) then.
+    pub fn load(&mut self, host: &mut dyn Host, main: &mut dyn MainSource) -> Result<(), IncomingError> {
+        let mut frame = {
+            let _span = tracing::info_span!("load").entered();
+            main.read_main().map_err(IncomingError::Read)?
+        };
+        if frame.epoch != self.control.epoch() {
+            return Err(IncomingError::OtherUpdate { found: frame.epoch, expected: self.control.epoch() });
+        }
+        self.control.timeline().stamp(Stamp::Loaded);
+        let _span = tracing::info_span!("restore").entered();
+        host.load(&mut frame).map_err(IncomingError::Load)?;
+        let mut left = self.early.remaining();
+        left.extend(frame.remaining());
+        if !left.is_empty() {
+            return Err(IncomingError::UnclaimedSections(left));
+        }
+        let lost: Vec<_> = self.unclaimed(FdPolicy::MustSurvive).iter().map(ToString::to_string).collect();
+        if !lost.is_empty() {
+            return Err(IncomingError::UnclaimedDescriptors(lost));
+        }
+        self.tell_all(Event::Restored)?;
+        self.control.timeline().stamp(Stamp::Restored);
+        Ok(())
+    }
+
+    /// Wins the ownership word and runs the guest. From here on there is no way back.
+    ///
+    /// # Errors
+    /// [`IncomingError::RolledBack`]: the guest belongs to somebody else, touch nothing. [`IncomingError::Resume`]:
+    /// committed, but the guest does not run.
+    pub fn commit(&mut self, host: &mut dyn Host) -> Result<(), IncomingError> {
+        let _span = tracing::info_span!("commit").entered();
+        match self.control.ownership().commit() {
+            Ok(()) => {}
+            Err(Lost::To(_) | Lost::OtherAttempt) => return Err(IncomingError::RolledBack),
+        }
+        self.control.timeline().stamp(Stamp::Committed);
+        host.resume(self.activity).map_err(IncomingError::Resume)?;
+        for entry in self.unclaimed(FdPolicy::MayBeRebuilt) {
+            tracing::warn!("descriptor {entry} is not used by this program and was closed");
+            self.services.registry.delete(&entry.name, entry.id);
+        }
+        self.tell_all(Event::Running)?;
+        Ok(())
+    }
+
+    /// The keeper or source has ended: tells `Released`.
+    pub fn released(&mut self) {
+        let _span = tracing::info_span!("clean-up").entered();
+        self.control.timeline().stamp(Stamp::Released);
+        if let Err(error) = self.tell_all(Event::Released) {
+            tracing::error!(%error, "nothing can fail any more");
+        }
+    }
+
+    /// The update failed before the commit: tells `Abandoned`, in reverse order.
+    pub fn abandon(self) {
+        let notice = notice(Event::Abandoned, &self.mode, &self.control);
+        if let Err(error) = self.told.tell_again(&notice) {
+            tracing::error!(%error, "an ending cannot fail");
+        }
+    }
+
+    fn unclaimed(&self, policy: FdPolicy) -> Vec<FdEntry> {
+        let mut entries = self.services.registry.unclaimed();
+        entries.retain(|entry| entry.policy == policy);
+        entries
+    }
+
+    fn tell_all(&mut self, event: Event) -> Result<(), NotifyError> {
+        let notice = notice(event, &self.mode, &self.control);
+        self.told.tell_all(&self.services.notifier, &notice)
+    }
+}

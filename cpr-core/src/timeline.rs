@@ -1,0 +1,180 @@
+//! When each step of an update happened, stamped by source and target into one shared page.
+//!
+//! All stamps are CLOCK_MONOTONIC nanoseconds: one clock for both processes as long as the kernel stays, which the
+//! boot id in the control page proves. A stamp costs one clock read and one atomic operation.
+
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use serde::{Deserialize, Serialize};
+
+/// A moment of an update. The number is its place in the control page.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+#[repr(usize)]
+#[non_exhaustive]
+pub enum Stamp {
+    /// The user's command passed preflight.
+    Begin = 0,
+    /// The source asked the guest to stop.
+    StopRequested = 1,
+    /// The first vCPU left the guest for the last time: the blackout begins.
+    FirstExit = 2,
+    /// Every vCPU is parked and subscribers were told `Stopped`.
+    Stopped = 3,
+    /// The state is written.
+    Saved = 4,
+    /// The source let go: exec was called, or the target was told to take over.
+    HandedOver = 5,
+    /// The target's `main` began.
+    TargetStarted = 6,
+    /// The target has its VM: guest memory mapped, vCPUs created.
+    Built = 7,
+    /// The target has read the main frame.
+    Loaded = 8,
+    /// State is restored and subscribers were told `Restored`.
+    Restored = 9,
+    /// The ownership word flipped.
+    Committed = 10,
+    /// The first vCPU entered the guest.
+    FirstEntry = 11,
+    /// The *last* vCPU entered the guest for the first time: the blackout ends.
+    LastEntry = 12,
+    /// The keeper or source ended.
+    Released = 13,
+}
+
+impl Stamp {
+    /// Places that a control page keeps for stamps.
+    pub const PLACES: usize = 32;
+}
+
+/// The stamps of one attempt, in shared memory.
+#[derive(Debug, Clone, Copy)]
+pub struct Timeline<'a> {
+    stamps: &'a [AtomicU64],
+}
+
+impl<'a> Timeline<'a> {
+    /// A view of [`Stamp::PLACES`] shared words; zero means not stamped.
+    pub(crate) fn new(stamps: &'a [AtomicU64]) -> Self {
+        assert_eq!(stamps.len(), Stamp::PLACES);
+        Timeline { stamps }
+    }
+
+    /// Stamps now. A later call overwrites.
+    pub fn stamp(&self, stamp: Stamp) {
+        self.stamps[stamp as usize].store(now_ns(), Ordering::Relaxed);
+    }
+
+    /// Notes a moment that was read before the page could be reached, in nanoseconds of CLOCK_MONOTONIC.
+    pub fn stamp_at(&self, stamp: Stamp, at_ns: u64) {
+        self.stamps[stamp as usize].store(at_ns, Ordering::Relaxed);
+    }
+
+    /// Stamps now, unless an earlier moment stands there: for the first of several threads.
+    pub fn stamp_first(&self, stamp: Stamp) {
+        // Zero means "not stamped", so a plain minimum would never leave it.
+        let now = now_ns();
+        let _ = self.stamps[stamp as usize]
+            .fetch_update(Ordering::Relaxed, Ordering::Relaxed, |old| (old == 0 || now < old).then_some(now));
+    }
+
+    /// Stamps now, unless a later moment stands there: for the last of several threads.
+    pub fn stamp_last(&self, stamp: Stamp) {
+        self.stamps[stamp as usize].fetch_max(now_ns(), Ordering::Relaxed);
+    }
+
+    /// The moment in nanoseconds of CLOCK_MONOTONIC, if it was stamped.
+    pub fn at_ns(&self, stamp: Stamp) -> Option<u64> {
+        match self.stamps[stamp as usize].load(Ordering::Relaxed) {
+            0 => None,
+            at => Some(at),
+        }
+    }
+
+    /// What can be said of the update so far.
+    pub fn report(&self) -> Report {
+        let between = |from, to| Some(self.at_ns(to)?.saturating_sub(self.at_ns(from)?));
+        let phases = PHASES
+            .iter()
+            .filter_map(|&(name, from, to)| Some(Phase { name: name.to_owned(), ns: between(from, to)? }))
+            .collect();
+        Report {
+            blackout_ns: between(Stamp::FirstExit, Stamp::LastEntry),
+            prepare_ns: between(Stamp::Begin, Stamp::StopRequested),
+            total_ns: between(Stamp::Begin, Stamp::LastEntry),
+            phases,
+        }
+    }
+}
+
+/// The pieces of the blackout, which add up to it.
+const PHASES: [(&str, Stamp, Stamp); 8] = [
+    ("stop", Stamp::FirstExit, Stamp::Stopped),
+    ("save", Stamp::Stopped, Stamp::Saved),
+    ("hand-over", Stamp::Saved, Stamp::HandedOver),
+    ("start", Stamp::HandedOver, Stamp::TargetStarted),
+    ("build", Stamp::TargetStarted, Stamp::Built),
+    ("load", Stamp::Built, Stamp::Loaded),
+    ("restore", Stamp::Loaded, Stamp::Restored),
+    ("resume", Stamp::Restored, Stamp::LastEntry),
+];
+
+/// One piece of the blackout.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Phase {
+    /// `stop`, `save`, `hand-over`, `start`, `build`, `load`, `restore` or `resume`.
+    pub name: String,
+    /// Nanoseconds.
+    pub ns: u64,
+}
+
+/// A timeline as it is told to the user.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+pub struct Report {
+    /// From the first vCPU's last exit to the last vCPU's first entry, nanoseconds. `None` when the guest was not
+    /// running.
+    pub blackout_ns: Option<u64>,
+    /// From the accepted command to the request to stop, nanoseconds; the guest ran.
+    pub prepare_ns: Option<u64>,
+    /// From the accepted command to the last vCPU's first entry, nanoseconds.
+    pub total_ns: Option<u64>,
+    /// The blackout in pieces, in order.
+    pub phases: Vec<Phase>,
+}
+
+fn now_ns() -> u64 {
+    oslib::clock::monotonic_ns()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn phases_add_up_to_the_blackout() {
+        let words: Vec<_> = (0..Stamp::PLACES).map(|_| AtomicU64::new(0)).collect();
+        let timeline = Timeline::new(&words);
+        assert_eq!(timeline.report(), Report::default());
+        for (at, word) in words.iter().enumerate() {
+            word.store(1000 + (at * at) as u64, Ordering::Relaxed);
+        }
+        let report = timeline.report();
+        assert_eq!(report.blackout_ns, Some(140));
+        assert_eq!(report.phases.iter().map(|p| p.ns).sum::<u64>(), 140);
+        assert_eq!(report.prepare_ns, Some(1));
+    }
+
+    #[test]
+    fn first_and_last_of_several_threads() {
+        let words: Vec<_> = (0..Stamp::PLACES).map(|_| AtomicU64::new(0)).collect();
+        let timeline = Timeline::new(&words);
+        timeline.stamp_first(Stamp::FirstExit);
+        timeline.stamp_last(Stamp::LastEntry);
+        let (first, last) = (timeline.at_ns(Stamp::FirstExit), timeline.at_ns(Stamp::LastEntry));
+        std::thread::sleep(std::time::Duration::from_millis(1));
+        timeline.stamp_first(Stamp::FirstExit);
+        timeline.stamp_last(Stamp::LastEntry);
+        assert_eq!(timeline.at_ns(Stamp::FirstExit), first);
+        assert!(timeline.at_ns(Stamp::LastEntry) > last);
+    }
+}

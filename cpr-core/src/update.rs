@@ -1,0 +1,359 @@
+//! The source's half of an update, as a state machine that the host's own loop steps.
+//!
+//! ```text
+//!  begin ──► Prepare ──► Stop ──► Save ──► HandOver ──► (Terminal | wait) ──► gone
+//!   │ preflight:  └────────┴────────┴──────────┴──────────────┘
+//!   └ nothing was                  any failure
+//!     touched                          ▼
+//!                    word rolled back, mode undone, subscribers told
+//!                    RolledBack in reverse, guest resumed: Finished
+//! ```
+//!
+//! It never blocks except in what the mode, the host and the subscribers do themselves.
+
+use std::hash::{BuildHasher, Hasher, RandomState};
+use std::os::fd::RawFd;
+use std::time::{Duration, Instant};
+
+use serde::{Deserialize, Serialize};
+
+use crate::blocker::{BlockReason, Blockers};
+use crate::control::Control;
+use crate::error::{BoxError, UpdateError};
+use crate::frame::FrameError;
+use crate::host::{Backing, GuestActivity, Host, StateWriter};
+use crate::mode::{CprMode, HandOver, ModeInfo, Prepared, Properties, Wait};
+use crate::notify::{Event, Notice, Notifier, NotifyError, Told};
+use crate::ownership::{Epoch, Lost, Owner};
+use crate::registry::FdRegistry;
+use crate::timeline::Stamp;
+
+/// What every component of a VMM shares: where descriptors, subscribers and blockers are registered.
+#[derive(Debug, Clone)]
+pub struct Services {
+    /// Descriptors that must survive.
+    pub registry: FdRegistry,
+    /// Who is told.
+    pub notifier: Notifier,
+    /// Why not now.
+    pub blockers: Blockers,
+    /// Updates that the guest has been through.
+    pub generation: u64,
+    /// How long the host may take to stop the guest.
+    pub stop_timeout: Duration,
+}
+
+impl Default for Services {
+    fn default() -> Self {
+        Services {
+            registry: FdRegistry::default(),
+            notifier: Notifier::default(),
+            blockers: Blockers::default(),
+            generation: 0,
+            stop_timeout: Duration::from_secs(5),
+        }
+    }
+}
+
+impl Services {
+    /// Every reason why `mode` is not possible now: blockers first, then what the memory rule finds.
+    ///
+    /// The memory rule holds for every mode that leaves RAM in place, by whatever name: memory that is not shared,
+    /// or whose descriptor is not in the registry, would be lost without a word.
+    pub fn blocked_reasons(&self, mode: &ModeInfo, host: &dyn Host) -> Vec<BlockReason> {
+        let mut reasons = self.blockers.reasons(mode);
+        if mode.properties.contains(Properties::RAM_IN_PLACE) {
+            reasons.extend(host.memory().iter().filter_map(|region| {
+                let name = &region.name;
+                let reason = match &region.backing {
+                    Backing::Shared { name: fd, id } if self.registry.contains(fd, *id) => return None,
+                    Backing::Shared { .. } => format!("Memory region {name} has no registered descriptor."),
+                    Backing::Private => format!(
+                        "Memory region {name} is not compatible with CPR. share=on is required for \
+                         memory-backend objects, and guest RAM needs one (-machine memory-backend=ID)."
+                    ),
+                    Backing::GuestMemfd => {
+                        format!("Memory region {name} uses guest_memfd, which is not supported with CPR.")
+                    }
+                    Backing::Unknown => format!("Memory region {name} has no descriptor to carry over."),
+                };
+                Some(BlockReason(reason))
+            }));
+        }
+        reasons
+    }
+}
+
+/// What a mode may know of the attempt that it is part of.
+#[derive(Debug)]
+pub struct Attempt<'a> {
+    /// The attempt's control page.
+    pub control: &'a Control,
+    /// Descriptors that must survive.
+    pub registry: &'a FdRegistry,
+    /// See [`Host::slow_to_close`]; empty before hand over.
+    pub slow_to_close: &'a [RawFd],
+}
+
+/// What the loop does next.
+#[derive(Debug)]
+pub enum Step {
+    /// Step again; nothing to wait for.
+    Again,
+    /// Step again after this.
+    Wait(Wait),
+    /// The host has the terminal action in its slot: run it from the loop. Should it come back, call
+    /// [`Update::terminal_failed`].
+    Terminal,
+    /// It is over.
+    Finished(Outcome),
+}
+
+/// How an update ended, seen from the source.
+#[derive(Debug)]
+pub enum Outcome {
+    /// The target has the guest, or storage has its state.
+    HandedOver,
+    /// The update failed.
+    Failed {
+        /// Why.
+        error: UpdateError,
+        /// Whether the guest is as it was before. An error here is a second failure, of resuming it.
+        guest: Result<(), BoxError>,
+    },
+}
+
+enum State {
+    Prepare,
+    Stop,
+    Save,
+    HandOver(StateWriter),
+    Polling,
+    Terminal,
+    Finished,
+}
+
+/// One attempt to update, in the source.
+pub struct Update {
+    mode: Box<dyn CprMode>,
+    info: ModeInfo,
+    services: Services,
+    control: Control,
+    state: State,
+    told: Told,
+    activity: Option<GuestActivity>,
+}
+
+/// Version 1 of the `cpr-core/update` section.
+#[derive(Debug, Serialize, Deserialize)]
+pub(crate) struct UpdateSection {
+    pub(crate) mode: String,
+    pub(crate) generation: u64,
+    pub(crate) guest_running: bool,
+}
+
+/// Name of the section that says which update a frame belongs to.
+pub(crate) const UPDATE_SECTION: &str = "cpr-core/update";
+
+impl Update {
+    /// Preflight, and the start of the attempt. The guest runs; on an error nothing was touched.
+    ///
+    /// # Errors
+    /// [`UpdateError::Blocked`], [`UpdateError::Refused`] or [`UpdateError::Setup`].
+    pub fn begin(
+        services: &Services,
+        mut mode: Box<dyn CprMode>,
+        host: &dyn Host,
+    ) -> Result<Update, UpdateError> {
+        let info = mode.info();
+        let _span = tracing::info_span!("preflight", mode = %info.id).entered();
+        let reasons = services.blocked_reasons(&info, host);
+        if !reasons.is_empty() {
+            return Err(UpdateError::Blocked { mode: info.id, reasons });
+        }
+        mode.check().map_err(UpdateError::Refused)?;
+        let control = Control::create(fresh_epoch()).map_err(UpdateError::Setup)?;
+        control.timeline().stamp(Stamp::Begin);
+        Ok(Update {
+            mode,
+            info,
+            services: services.clone(),
+            control,
+            state: State::Prepare,
+            told: Told::default(),
+            activity: None,
+        })
+    }
+
+    /// The mode.
+    pub fn mode(&self) -> &ModeInfo {
+        &self.info
+    }
+
+    /// The attempt's shared page; its timeline is stamped by the host's vCPU threads as well.
+    pub fn control(&self) -> &Control {
+        &self.control
+    }
+
+    /// Whether the guest was asked to stop already.
+    pub fn has_stopped_guest(&self) -> bool {
+        !matches!(self.state, State::Prepare | State::Stop)
+    }
+
+    /// Goes one phase further.
+    pub fn step(&mut self, host: &mut dyn Host) -> Step {
+        match self.try_step(host) {
+            Ok(step) => step,
+            Err(error) => Step::Finished(self.fail(host, error)),
+        }
+    }
+
+    fn try_step(&mut self, host: &mut dyn Host) -> Result<Step, UpdateError> {
+        match std::mem::replace(&mut self.state, State::Finished) {
+            State::Prepare => {
+                let _span = tracing::info_span!("prepare", mode = %self.info.id).entered();
+                self.state = State::Prepare;
+                if self.told.is_empty() {
+                    let notice = notice(Event::Prepare, &self.info, &self.control);
+                    self.told.tell_all(&self.services.notifier, &notice)?;
+                }
+                let attempt = attempt(&self.control, &self.services, &[]);
+                let prepared = self.mode.prepare(&attempt);
+                match prepared
+                    .map_err(|source| UpdateError::Prepare { mode: self.info.id.clone(), source })?
+                {
+                    Prepared::Wait(wait) => Ok(Step::Wait(wait)),
+                    Prepared::Ready => {
+                        self.state = State::Stop;
+                        Ok(Step::Again)
+                    }
+                }
+            }
+            State::Stop => {
+                let _span = tracing::info_span!("stop").entered();
+                self.control.timeline().stamp(Stamp::StopRequested);
+                // Before the call: a host that fails half-way has stopped something, and must be resumed.
+                self.activity = Some(GuestActivity::Running);
+                let deadline = Instant::now() + self.services.stop_timeout;
+                self.activity = Some(host.stop(deadline).map_err(UpdateError::Stop)?);
+                self.tell_again(Event::Stopped)?;
+                self.control.timeline().stamp(Stamp::Stopped);
+                self.state = State::Save;
+                Ok(Step::Again)
+            }
+            State::Save => {
+                let _span = tracing::info_span!("save").entered();
+                let mut state = StateWriter::default();
+                host.save(&mut state).map_err(UpdateError::Save)?;
+                self.put_update_section(&mut state).map_err(|error| UpdateError::Save(error.into()))?;
+                self.tell_again(Event::HandOver)?;
+                self.control.timeline().stamp(Stamp::Saved);
+                self.state = State::HandOver(state);
+                Ok(Step::Again)
+            }
+            State::HandOver(state) => {
+                let _span = tracing::info_span!("hand-over").entered();
+                let slow = host.slow_to_close();
+                let attempt = attempt(&self.control, &self.services, &slow);
+                let next = self.mode.hand_over(&attempt, state);
+                self.after_hand_over(host, next)
+            }
+            State::Polling => {
+                let attempt = attempt(&self.control, &self.services, &[]);
+                let next = self.mode.poll_hand_over(&attempt);
+                self.after_hand_over(host, next)
+            }
+            State::Terminal => {
+                self.state = State::Terminal;
+                Ok(Step::Terminal)
+            }
+            State::Finished => Ok(Step::Finished(Outcome::HandedOver)),
+        }
+    }
+
+    fn after_hand_over(
+        &mut self,
+        host: &mut dyn Host,
+        next: Result<HandOver, BoxError>,
+    ) -> Result<Step, UpdateError> {
+        match next.map_err(|source| self.hand_over_error(source))? {
+            HandOver::Terminal(action) => {
+                host.request_terminal(action);
+                self.state = State::Terminal;
+                Ok(Step::Terminal)
+            }
+            HandOver::Wait(wait) => {
+                self.state = State::Polling;
+                Ok(Step::Wait(wait))
+            }
+            HandOver::Complete => Ok(Step::Finished(Outcome::HandedOver)),
+        }
+    }
+
+    /// The terminal action came back: takes the guest back.
+    pub fn terminal_failed(&mut self, host: &mut dyn Host, error: BoxError) -> Outcome {
+        let error = self.hand_over_error(error);
+        self.fail(host, error)
+    }
+
+    /// Ends the attempt at the user's wish.
+    pub fn cancel(&mut self, host: &mut dyn Host) -> Outcome {
+        self.fail(host, UpdateError::Cancelled)
+    }
+
+    fn hand_over_error(&self, source: BoxError) -> UpdateError {
+        UpdateError::HandOver { mode: self.info.id.clone(), source }
+    }
+
+    /// Wins the word back, then undoes everything in reverse order, then resumes the guest.
+    fn fail(&mut self, host: &mut dyn Host, error: UpdateError) -> Outcome {
+        let _span = tracing::info_span!("roll-back", %error).entered();
+        self.state = State::Finished;
+        if self.control.ownership().roll_back() == Err(Lost::To(Owner::Target)) {
+            return Outcome::Failed { error: UpdateError::AlreadyCommitted, guest: Ok(()) };
+        }
+        self.mode.roll_back(&attempt(&self.control, &self.services, &[]));
+        if let Err(error) = self.tell_again(Event::RolledBack) {
+            tracing::error!(%error, "an ending cannot fail");
+        }
+        let guest = self.activity.take().map_or(Ok(()), |activity| host.resume(activity));
+        Outcome::Failed { error, guest }
+    }
+
+    fn put_update_section(&self, state: &mut StateWriter) -> Result<(), FrameError> {
+        let section = UpdateSection {
+            mode: self.info.id.to_string(),
+            generation: self.services.generation,
+            guest_running: self.activity == Some(GuestActivity::Running),
+        };
+        state.early.put_value(UPDATE_SECTION, 0, 1, &section)
+    }
+
+    fn tell_again(&self, event: Event) -> Result<(), NotifyError> {
+        self.told.tell_again(&notice(event, &self.info, &self.control))
+    }
+}
+
+impl std::fmt::Debug for Update {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Update")
+            .field("mode", &self.info)
+            .field("control", &self.control)
+            .finish_non_exhaustive()
+    }
+}
+
+fn attempt<'a>(control: &'a Control, services: &'a Services, slow_to_close: &'a [RawFd]) -> Attempt<'a> {
+    Attempt { control, registry: &services.registry, slow_to_close }
+}
+
+pub(crate) fn notice<'a>(event: Event, mode: &'a ModeInfo, control: &Control) -> Notice<'a> {
+    Notice { event, mode, epoch: control.epoch() }
+}
+
+/// A number that no other attempt has, in the 62 bits that the ownership word keeps for it.
+fn fresh_epoch() -> Epoch {
+    // RandomState is seeded by the kernel once per process and differs per call.
+    let random = RandomState::new().build_hasher().finish();
+    (random ^ oslib::clock::monotonic_ns()) >> 2 | 1
+}

@@ -1,0 +1,205 @@
+//! The main channel: where the main frame is kept across the exec.
+//!
+//! A stream with a reader at its other end cannot work, since source and target are never alive together; so it is a
+//! file, or a memfd when no disk shall be touched.
+
+use std::ffi::OsString;
+use std::fs::{File, OpenOptions};
+use std::io::{self, Seek, SeekFrom, Write};
+use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::ffi::OsStringExt;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use cpr_core::error::BoxError;
+use cpr_core::frame::Frame;
+use cpr_core::{FdKind, FdPolicy, FdRegistry, MainSource};
+use serde::{Deserialize, Serialize};
+
+use crate::names;
+
+/// Where the main frame goes to, or comes from.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum MainChannel {
+    /// A file; written from `offset` bytes on.
+    File {
+        /// The file.
+        path: PathBuf,
+        /// Bytes before the frame that are left alone.
+        offset: u64,
+    },
+    /// A sealed memfd that the mode makes and passes on itself.
+    Memfd,
+}
+
+/// The wire form, version 1.
+#[derive(Debug, Serialize, Deserialize)]
+pub(crate) enum ChannelWire {
+    File { path: Vec<u8>, offset: u64 },
+    Memfd,
+}
+
+/// What went wrong with the main channel.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum ChannelError {
+    /// The file cannot be opened for writing.
+    #[error("cannot open state file '{}' for writing: {source}", path.display())]
+    Open {
+        /// The file.
+        path: PathBuf,
+        /// The cause.
+        source: io::Error,
+    },
+    /// Writing failed: the disk is full, for example.
+    #[error("cannot write state to {what}: {source}")]
+    Write {
+        /// The file or memfd.
+        what: String,
+        /// The cause.
+        source: io::Error,
+    },
+    /// The file cannot be read.
+    #[error("cannot read state file '{}': {source}", path.display())]
+    Read {
+        /// The file.
+        path: PathBuf,
+        /// The cause.
+        source: io::Error,
+    },
+    /// The file was read, and is not this guest's state.
+    #[error("state file '{}': {source}", path.display())]
+    Frame {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong with it.
+        source: cpr_core::frame::FrameError,
+    },
+    /// `memfd:` was asked for, but the source used another channel.
+    #[error("the source left no state in a memfd; give -incoming the channel that it migrated to")]
+    NoMemfd,
+}
+
+impl MainChannel {
+    pub(crate) fn to_wire(&self) -> ChannelWire {
+        match self {
+            MainChannel::File { path, offset } => {
+                // The target may be started in another directory by a wrapper.
+                let path = std::path::absolute(path).unwrap_or_else(|_| path.clone());
+                ChannelWire::File { path: path.into_os_string().into_vec(), offset: *offset }
+            }
+            MainChannel::Memfd => ChannelWire::Memfd,
+        }
+    }
+
+    /// Opens the channel for writing while the guest still runs, so that an unwritable path costs nothing.
+    pub(crate) fn open(&self) -> Result<OpenChannel, ChannelError> {
+        let MainChannel::File { path, offset } = self else { return Ok(OpenChannel::Memfd { fd: None }) };
+        let error = |source| ChannelError::Open { path: path.clone(), source };
+        let mut options = OpenOptions::new();
+        options.write(true);
+        let (file, created) = match options.clone().create_new(true).open(path) {
+            Ok(file) => (file, true),
+            Err(e) if e.kind() == io::ErrorKind::AlreadyExists => (options.open(path).map_err(error)?, false),
+            Err(e) => return Err(error(e)),
+        };
+        Ok(OpenChannel::File { path: path.clone(), offset: *offset, file, created })
+    }
+}
+
+impl From<ChannelWire> for MainChannel {
+    fn from(wire: ChannelWire) -> Self {
+        match wire {
+            ChannelWire::File { path, offset } => {
+                MainChannel::File { path: OsString::from_vec(path).into(), offset }
+            }
+            ChannelWire::Memfd => MainChannel::Memfd,
+        }
+    }
+}
+
+/// A channel that the source holds open during an attempt.
+#[derive(Debug)]
+pub(crate) enum OpenChannel {
+    File { path: PathBuf, offset: u64, file: File, created: bool },
+    Memfd { fd: Option<Arc<OwnedFd>> },
+}
+
+impl OpenChannel {
+    /// Writes the frame, in the blackout: no sync, since the page cache outlives the process.
+    pub(crate) fn write(&mut self, frame: &[u8], registry: &FdRegistry) -> Result<(), BoxError> {
+        match self {
+            OpenChannel::File { path, offset, file, .. } => {
+                let mut write = || {
+                    // A device such as /dev/full has no length to cut.
+                    if file.metadata()?.is_file() {
+                        file.set_len(*offset)?;
+                    }
+                    if *offset > 0 {
+                        file.seek(SeekFrom::Start(*offset))?;
+                    }
+                    file.write_all(frame)
+                };
+                write().map_err(|source| ChannelError::Write {
+                    what: format!("file '{}'", path.display()),
+                    source,
+                })?;
+            }
+            OpenChannel::Memfd { fd } => {
+                let memfd = sealed_memfd("cpr-main", frame)
+                    .map_err(|source| ChannelError::Write { what: "a memfd".into(), source })?;
+                let memfd = fd.insert(Arc::new(memfd));
+                registry.save(names::MAIN, 0, FdKind::Memfd, FdPolicy::MayBeRebuilt, memfd)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// After a failure: leaves nothing behind that was not there before.
+    pub(crate) fn discard(self) {
+        if let OpenChannel::File { path, created: true, .. } = self
+            && let Err(error) = std::fs::remove_file(&path)
+        {
+            tracing::warn!(path = %path.display(), %error, "the unused state file stays");
+        }
+    }
+}
+
+/// A memfd with this content that nobody can change any more.
+pub(crate) fn sealed_memfd(name: &str, content: &[u8]) -> io::Result<OwnedFd> {
+    let mut file = File::from(oslib::memfd::Memfd::new(name).create()?);
+    file.write_all(content)?;
+    oslib::memfd::seal_write(file.as_fd())?;
+    Ok(file.into())
+}
+
+/// Reads a whole frame from a memfd, from its start and whatever its file position, which is shared with others.
+pub(crate) fn read_memfd(fd: impl AsFd) -> Result<Frame, BoxError> {
+    let mut file = File::from(fd.as_fd().try_clone_to_owned()?);
+    file.seek(SeekFrom::Start(0))?;
+    Ok(Frame::read_from(file)?)
+}
+
+/// The reading end of a main channel.
+pub(crate) struct ChannelSource {
+    pub(crate) channel: MainChannel,
+    pub(crate) memfd: Option<Arc<OwnedFd>>,
+}
+
+impl MainSource for ChannelSource {
+    fn read_main(&mut self) -> Result<Frame, BoxError> {
+        match &self.channel {
+            MainChannel::File { path, offset } => Ok(read_file(path, *offset)?),
+            MainChannel::Memfd => read_memfd(self.memfd.as_ref().ok_or(ChannelError::NoMemfd)?),
+        }
+    }
+}
+
+fn read_file(path: &Path, offset: u64) -> Result<Frame, ChannelError> {
+    let error = |source| ChannelError::Read { path: path.to_owned(), source };
+    let mut file = File::open(path).map_err(error)?;
+    if offset > 0 {
+        file.seek(SeekFrom::Start(offset)).map_err(error)?;
+    }
+    Frame::read_from(file).map_err(|source| ChannelError::Frame { path: path.to_owned(), source })
+}

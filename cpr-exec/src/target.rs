@@ -1,0 +1,101 @@
+//! The target's half: finds the early frame through the environment, and the descriptors through the frame.
+
+use std::io;
+use std::os::fd::OwnedFd;
+use std::sync::Arc;
+
+use cpr_core::error::BoxError;
+use cpr_core::{Arrival, Control, FdRegistry, MainSource};
+use oslib::eventfd::EventFd;
+use oslib::signals::SignalMask;
+
+use crate::channel::{ChannelSource, MainChannel, read_memfd};
+use crate::cleanup::KeeperEnd;
+use crate::environment::{EnvironmentError, take_state_variable};
+use crate::{ProcessSection, STATE_VARIABLE, mode_info, names};
+
+/// Why the state of the previous program image could not be taken over.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum ReceiveError {
+    /// A reserved variable is unknown or malformed.
+    #[error(transparent)]
+    Environment(#[from] EnvironmentError),
+    /// The number is no open descriptor that an exec could have passed on.
+    #[error(
+        "environment variable {STATE_VARIABLE} names descriptor {number}, which was not passed on: {source}"
+    )]
+    NotInherited {
+        /// The number.
+        number: i32,
+        /// The cause.
+        source: io::Error,
+    },
+    /// The number is open, but it is something else.
+    #[error("environment variable {STATE_VARIABLE} names descriptor {0}, which is no memfd")]
+    NotAMemfd(i32),
+    /// The early frame is damaged, or not what this version reads.
+    #[error("the CPR state left by the previous program cannot be used: {0}")]
+    State(#[source] BoxError),
+}
+
+/// An update that arrived by exec.
+#[derive(Debug)]
+pub struct ExecArrival {
+    /// For [`cpr_core::Incoming::begin`].
+    pub arrival: Arrival,
+    /// The signal mask to restore once this program's handlers stand. Until then every signal is blocked.
+    pub signal_mask: SignalMask,
+    /// Where the source wrote the main frame.
+    pub main: MainChannel,
+    /// What to do with the keeper after the commit, if there is one.
+    pub keeper: Option<KeeperEnd>,
+    memfd: Option<Arc<OwnedFd>>,
+}
+
+impl ExecArrival {
+    /// A source for the main frame in `channel`: normally [`main`](Self::main), or where the user says that it is.
+    pub fn main_source(&self, channel: MainChannel) -> Box<dyn MainSource> {
+        Box::new(ChannelSource { channel, memfd: self.memfd.clone() })
+    }
+}
+
+/// Takes what the previous program image of this process left, if it was replaced by cpr-exec.
+///
+/// Call it first thing in `main`, with one thread and before anything is opened: descriptor numbers of the frame are
+/// believed, because only what was passed on by exec lacks close-on-exec then.
+///
+/// # Errors
+/// A reserved variable is unknown (the program must exit), or the state cannot be used. Nothing was changed for the
+/// guest: it is still the previous program's.
+pub fn receive() -> Result<Option<ExecArrival>, ReceiveError> {
+    let Some(number) = take_state_variable()? else { return Ok(None) };
+    let state =
+        oslib::inherited::take(number).map_err(|source| ReceiveError::NotInherited { number, source })?;
+    if !oslib::memfd::is_memfd(&state).unwrap_or(false) {
+        return Err(ReceiveError::NotAMemfd(number));
+    }
+    take_over(state).map(Some).map_err(ReceiveError::State)
+}
+
+fn take_over(state: OwnedFd) -> Result<ExecArrival, BoxError> {
+    let mut early = read_memfd(&state)?;
+    let process: ProcessSection = early.require(names::PROCESS_SECTION, 0)?.decode(1)?;
+    let registry = FdRegistry::decode(&early.require(names::REGISTRY_SECTION, 0)?, |_, token| {
+        Ok(oslib::inherited::take(i32::try_from(token)?)?)
+    })?;
+    let control: Arc<OwnedFd> = registry.find(names::CONTROL, 0).ok_or("its control page is missing")?;
+    let control = Control::attach(control, early.epoch)?;
+    let doorbell: Option<Arc<EventFd>> = registry.find(names::DOORBELL, 0);
+    let keeper = match (control.keeper_pid(), doorbell) {
+        (Some(pid), Some(doorbell)) => Some(KeeperEnd::new(pid, doorbell)?),
+        _ => None,
+    };
+    Ok(ExecArrival {
+        memfd: registry.find(names::MAIN, 0),
+        arrival: Arrival { mode: mode_info(), early, registry, control },
+        signal_mask: SignalMask::from_bits(process.signal_mask),
+        main: process.main.into(),
+        keeper,
+    })
+}

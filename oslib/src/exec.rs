@@ -1,0 +1,399 @@
+#![allow(unsafe_code, reason = "execve on arrays that were made in advance")]
+//! Finding a program and becoming it.
+//!
+//! [`find_program`] answers *before* an update what execvp(3) would find out too late, and by name. [`PreparedExec`]
+//! allocates everything in advance, so that [`PreparedExec::run`] is one system call. Neither clears close-on-exec nor
+//! touches signals: see [`crate::cloexec`] and [`crate::signals`]. Execute from the main thread: the kernel gives the
+//! process id to whichever thread does it, and watchers of older kernels see that as an end of the process.
+
+use std::ffi::{CString, OsStr, OsString, c_char};
+use std::fmt;
+use std::io;
+use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::unix::ffi::{OsStrExt, OsStringExt};
+use std::path::{Path, PathBuf};
+
+use nix::errno::Errno;
+use nix::fcntl::{AT_FDCWD, AtFlags};
+use nix::unistd::{AccessFlags, faccessat};
+
+/// What execvp(3) searches when `PATH` is not set: `confstr(_CS_PATH)` of the C library.
+const DEFAULT_PATH: &str = "/bin:/usr/bin";
+
+/// Why a program cannot be executed. Each says its name as it was given or found.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum ProgramError {
+    /// No such file; `searched` is the search path, or empty if the name has a slash and none was searched.
+    #[error("program {program:?} was not found{}", Searched(.searched))]
+    NotFound {
+        /// The program.
+        program: PathBuf,
+        /// The directories that were searched, in order.
+        searched: Vec<PathBuf>,
+    },
+    /// It is a directory.
+    #[error("program {program:?} is a directory")]
+    IsDirectory {
+        /// The program.
+        program: PathBuf,
+    },
+    /// It is neither file nor directory.
+    #[error("program {program:?} is not a file")]
+    NotAFile {
+        /// The program.
+        program: PathBuf,
+    },
+    /// Its mode, or a mount with `noexec`, does not let this user execute it.
+    #[error("program {program:?} is not executable")]
+    NotExecutable {
+        /// The program.
+        program: PathBuf,
+    },
+    /// It cannot be looked at.
+    #[error("cannot look at program {program:?}")]
+    Io {
+        /// The program.
+        program: PathBuf,
+        /// Why.
+        source: io::Error,
+    },
+}
+
+struct Searched<'a>(&'a [PathBuf]);
+
+impl fmt::Display for Searched<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let mut before = " in ";
+        for directory in self.0 {
+            write!(f, "{before}{}", directory.display())?;
+            before = ":";
+        }
+        Ok(())
+    }
+}
+
+/// Finds `program` as execvp(3) does: a name with a slash is a path, any other is searched for in the directories of
+/// `path_var`, the value of `PATH` (`None`: the default of the C library). The path returned may be relative.
+///
+/// Whether the kernel will accept the file's *format* shows only at exec.
+///
+/// # Errors
+/// [`ProgramError`]. As with execvp(3), a search goes on past what cannot be executed, and reports the first such
+/// thing only if it finds nothing better.
+pub fn find_program(program: &OsStr, path_var: Option<&OsStr>) -> Result<PathBuf, ProgramError> {
+    if program.is_empty() || program.as_bytes().contains(&b'/') {
+        let path = PathBuf::from(program);
+        return check_program(&path).map(|()| path);
+    }
+    let mut searched = Vec::new();
+    let mut first_refusal = None;
+    let path_var = path_var.unwrap_or(OsStr::new(DEFAULT_PATH));
+    for directory in path_var.as_bytes().split(|byte| *byte == b':') {
+        // An empty element is the current directory; "./" keeps the result from being searched for again.
+        let directory =
+            if directory.is_empty() { Path::new(".") } else { Path::new(OsStr::from_bytes(directory)) };
+        let candidate = directory.join(program);
+        match check_program(&candidate) {
+            Ok(()) => return Ok(candidate),
+            Err(ProgramError::NotFound { .. }) => {}
+            Err(refusal) => {
+                first_refusal.get_or_insert(refusal);
+            }
+        }
+        searched.push(directory.to_owned());
+    }
+    Err(first_refusal.unwrap_or(ProgramError::NotFound { program: program.into(), searched }))
+}
+
+fn check_program(path: &Path) -> Result<(), ProgramError> {
+    let program = || path.to_owned();
+    let metadata = std::fs::metadata(path).map_err(|source| match source.kind() {
+        io::ErrorKind::NotFound | io::ErrorKind::NotADirectory => {
+            ProgramError::NotFound { program: program(), searched: Vec::new() }
+        }
+        _ => ProgramError::Io { program: program(), source },
+    })?;
+    if metadata.is_dir() {
+        return Err(ProgramError::IsDirectory { program: program() });
+    }
+    if !metadata.is_file() {
+        return Err(ProgramError::NotAFile { program: program() });
+    }
+    // The kernel's own answer for the effective user: modes, access lists, capabilities and mounts included.
+    match faccessat(AT_FDCWD, path, AccessFlags::X_OK, AtFlags::AT_EACCESS) {
+        Ok(()) => Ok(()),
+        Err(Errno::EACCES) => Err(ProgramError::NotExecutable { program: program() }),
+        Err(error) => Err(ProgramError::Io { program: program(), source: error.into() }),
+    }
+}
+
+/// An exec that only has to be done.
+///
+/// ```no_run
+/// # fn main() -> std::io::Result<()> {
+/// use oslib::exec::PreparedExec;
+///
+/// let exec = PreparedExec::new("/usr/bin/cpr-vmm", ["cpr-vmm", "-S"], std::env::vars_os())?;
+/// let error = exec.run(); // returns only if it failed
+/// # Err(error) }
+/// ```
+#[derive(Debug)]
+pub struct PreparedExec {
+    program: Program,
+    // The arrays point into these, whose bytes stay where they are when this struct moves.
+    _strings: Vec<CString>,
+    arguments: Vec<*const c_char>,
+    environment: Vec<*const c_char>,
+}
+
+#[derive(Debug)]
+enum Program {
+    Path(CString),
+    Descriptor(OwnedFd),
+}
+
+// SAFETY: the pointers lead only to the strings that the struct itself owns, and nothing changes either after it was
+// made.
+unsafe impl Send for PreparedExec {}
+// SAFETY: as above.
+unsafe impl Sync for PreparedExec {}
+
+impl PreparedExec {
+    /// Prepares to execute the file `path`, with all arguments (the first is the name that the program sees) and the
+    /// whole environment.
+    ///
+    /// # Errors
+    /// `InvalidInput` if there is no argument, if a string holds a NUL byte, or if the name of a variable is empty or holds
+    /// an equals sign.
+    pub fn new(
+        path: impl AsRef<Path>,
+        args: impl IntoIterator<Item = impl Into<OsString>>,
+        env: impl IntoIterator<Item = (impl Into<OsString>, impl Into<OsString>)>,
+    ) -> io::Result<Self> {
+        let path = c_string("path", path.as_ref().as_os_str().to_owned())?;
+        Self::prepare(Program::Path(path), args, env)
+    }
+
+    /// Like [`PreparedExec::new`], for a program by descriptor (`O_PATH` will do), whose file may have been replaced or
+    /// deleted. A script is not found this way unless the descriptor survives the exec (execveat(2)).
+    ///
+    /// # Errors
+    /// As [`PreparedExec::new`].
+    pub fn of_descriptor(
+        program: OwnedFd,
+        args: impl IntoIterator<Item = impl Into<OsString>>,
+        env: impl IntoIterator<Item = (impl Into<OsString>, impl Into<OsString>)>,
+    ) -> io::Result<Self> {
+        Self::prepare(Program::Descriptor(program), args, env)
+    }
+
+    fn prepare(
+        program: Program,
+        args: impl IntoIterator<Item = impl Into<OsString>>,
+        env: impl IntoIterator<Item = (impl Into<OsString>, impl Into<OsString>)>,
+    ) -> io::Result<Self> {
+        let mut strings = Vec::new();
+        let mut arguments = Vec::new();
+        for argument in args {
+            push(&mut strings, &mut arguments, c_string("argument", argument.into())?);
+        }
+        if arguments.is_empty() {
+            return Err(io::Error::new(
+                io::ErrorKind::InvalidInput,
+                "a program needs a name as first argument",
+            ));
+        }
+        let mut environment = Vec::new();
+        for (name, value) in env {
+            let mut entry = name.into();
+            if entry.is_empty() || entry.as_bytes().contains(&b'=') {
+                return Err(io::Error::new(
+                    io::ErrorKind::InvalidInput,
+                    format!("{entry:?} cannot name an environment variable"),
+                ));
+            }
+            entry.push("=");
+            entry.push(value.into());
+            push(&mut strings, &mut environment, c_string("environment variable", entry)?);
+        }
+        arguments.push(std::ptr::null());
+        environment.push(std::ptr::null());
+        Ok(PreparedExec { program, _strings: strings, arguments, environment })
+    }
+
+    /// Replaces this program by the prepared one. Returns only if that failed; then nothing has changed.
+    ///
+    /// Allocates nothing and takes no lock.
+    pub fn run(&self) -> io::Error {
+        let (argv, envp) = (self.arguments.as_ptr(), self.environment.as_ptr());
+        match &self.program {
+            // SAFETY: the path is a C string; both arrays end in a null pointer and point to C strings that `self` owns.
+            Program::Path(path) => unsafe {
+                libc::execve(path.as_ptr(), argv, envp);
+            },
+            // SAFETY: as above; the path is empty and the flag says that the descriptor is meant.
+            Program::Descriptor(fd) => unsafe {
+                let (fd, flags) = (fd.as_raw_fd(), libc::AT_EMPTY_PATH);
+                libc::syscall(libc::SYS_execveat, fd, c"".as_ptr(), argv, envp, flags);
+            },
+        }
+        io::Error::last_os_error()
+    }
+}
+
+/// Prepares and runs at once: see [`PreparedExec::new`] for the arguments. Returns only if it failed.
+pub fn exec(
+    path: impl AsRef<Path>,
+    args: impl IntoIterator<Item = impl Into<OsString>>,
+    env: impl IntoIterator<Item = (impl Into<OsString>, impl Into<OsString>)>,
+) -> io::Error {
+    match PreparedExec::new(path, args, env) {
+        Ok(exec) => exec.run(),
+        Err(error) => error,
+    }
+}
+
+fn push(strings: &mut Vec<CString>, pointers: &mut Vec<*const c_char>, string: CString) {
+    pointers.push(string.as_ptr());
+    strings.push(string);
+}
+
+fn c_string(what: &str, string: OsString) -> io::Result<CString> {
+    CString::new(string.into_vec()).map_err(|error| {
+        let string = String::from_utf8_lossy(&error.into_vec()).into_owned();
+        io::Error::new(io::ErrorKind::InvalidInput, format!("{what} {string:?} holds a NUL byte"))
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::fs::{self, File, Permissions};
+    use std::io::Read;
+    use std::os::unix::fs::PermissionsExt;
+    use std::os::unix::net::UnixListener;
+    use std::os::unix::process::CommandExt;
+    use std::process::{Command, Stdio};
+
+    const NO_ENV: [(&str, &str); 0] = [];
+
+    fn put(path: &Path, mode: u32) {
+        fs::write(path, "#!/bin/sh\nexit 0\n").unwrap();
+        fs::set_permissions(path, Permissions::from_mode(mode)).unwrap();
+    }
+
+    #[test]
+    fn a_slash_means_no_search() {
+        let dir = tempfile::tempdir().unwrap();
+        put(&dir.path().join("good"), 0o755);
+        put(&dir.path().join("plain"), 0o644);
+        let _listener = UnixListener::bind(dir.path().join("socket")).unwrap();
+        let find = |name: &str| find_program(dir.path().join(name).as_os_str(), None);
+
+        assert_eq!(find("good").unwrap(), dir.path().join("good"));
+        assert!(matches!(find("plain").unwrap_err(), ProgramError::NotExecutable { .. }));
+        assert!(matches!(find("socket").unwrap_err(), ProgramError::NotAFile { .. }));
+        assert!(matches!(find("").unwrap_err(), ProgramError::IsDirectory { .. }));
+        assert!(matches!(find("good/beyond").unwrap_err(), ProgramError::NotFound { .. }));
+        let missing = find("missing").unwrap_err();
+        assert!(matches!(&missing, ProgramError::NotFound { searched, .. } if searched.is_empty()));
+        assert_eq!(missing.to_string(), format!("program {:?} was not found", dir.path().join("missing")));
+        assert!(matches!(find_program(OsStr::new(""), None).unwrap_err(), ProgramError::NotFound { .. }));
+        assert!(matches!(find_program(OsStr::new("a\0/b"), None).unwrap_err(), ProgramError::Io { .. }));
+    }
+
+    #[test]
+    fn the_search_goes_on_past_what_cannot_be_executed() {
+        let dir = tempfile::tempdir().unwrap();
+        let [first, second, third] = ["first", "second", "third"].map(|name| dir.path().join(name));
+        for directory in [&first, &second, &third] {
+            fs::create_dir(directory).unwrap();
+        }
+        put(&first.join("program"), 0o644);
+        fs::create_dir(second.join("program")).unwrap();
+        let path = |directories: &[&PathBuf]| std::env::join_paths(directories).unwrap();
+        let find = |path: OsString| find_program(OsStr::new("program"), Some(&path));
+
+        let refusal = find(path(&[&third, &first, &second])).unwrap_err();
+        assert!(
+            matches!(refusal, ProgramError::NotExecutable { program } if program == first.join("program"))
+        );
+        let refusal = find(path(&[&second, &first])).unwrap_err();
+        assert!(
+            matches!(refusal, ProgramError::IsDirectory { program } if program == second.join("program"))
+        );
+        let missing = find(path(&[&third, &dir.path().join("none")])).unwrap_err();
+        assert_eq!(
+            missing.to_string(),
+            format!("program \"program\" was not found in {}:{}/none", third.display(), dir.path().display())
+        );
+        put(&third.join("program"), 0o755);
+        assert_eq!(find(path(&[&first, &second, &third])).unwrap(), third.join("program"));
+    }
+
+    #[test]
+    fn default_path_and_empty_elements() {
+        assert!(find_program(OsStr::new("sh"), None).unwrap().is_absolute());
+        assert_eq!(
+            find_program(OsStr::new("Cargo.toml"), Some(OsStr::new(""))).unwrap_err().to_string(),
+            "program \"./Cargo.toml\" is not executable"
+        );
+    }
+
+    #[test]
+    fn what_cannot_be_an_argument() {
+        let error = PreparedExec::new("/bin/true", ["true", "a\0b"], NO_ENV).unwrap_err();
+        assert_eq!(error.to_string(), "argument \"a\\0b\" holds a NUL byte");
+        assert!(PreparedExec::new("/bin/\0true", ["true"], NO_ENV).is_err());
+        assert!(PreparedExec::new("/bin/true", ["true"], [("A", "\0")]).is_err());
+        assert!(PreparedExec::new("/bin/true", ["true"], [("A=B", "C")]).is_err());
+        assert!(PreparedExec::new("/bin/true", ["true"], [("", "C")]).is_err());
+        assert!(PreparedExec::new("/bin/true", Vec::<String>::new(), NO_ENV).is_err());
+    }
+
+    #[test]
+    fn a_failed_exec_returns() {
+        assert_eq!(exec("/does/not/exist", ["x"], NO_ENV).kind(), io::ErrorKind::NotFound);
+        let text = tempfile::NamedTempFile::new().unwrap();
+        fs::write(text.path(), "neither ELF nor script").unwrap();
+        fs::set_permissions(text.path(), Permissions::from_mode(0o755)).unwrap();
+        assert_eq!(exec(text.path(), ["x"], NO_ENV).raw_os_error(), Some(libc::ETXTBSY));
+        let path = text.into_temp_path();
+        assert_eq!(exec(&path, ["x"], NO_ENV).raw_os_error(), Some(libc::ENOEXEC));
+    }
+
+    /// Runs `prepared` in a child process and returns what it prints.
+    fn output_of(prepared: PreparedExec) -> String {
+        let mut command = Command::new("/bin/false");
+        command.stdout(Stdio::piped());
+        // SAFETY: `run` is one system call, which a child of fork may make.
+        unsafe { command.pre_exec(move || Err(prepared.run())) };
+        let mut child = command.spawn().unwrap();
+        let mut output = String::new();
+        child.stdout.take().unwrap().read_to_string(&mut output).unwrap();
+        assert!(child.wait().unwrap().success());
+        output
+    }
+
+    #[test]
+    fn arguments_and_environment_arrive() {
+        let args = ["renamed", "-c", "echo $0 $1 $A; env | grep -c ^HOME=; true", "zero", "one"];
+        let prepared = PreparedExec::new("/bin/sh", args, [("A", "value=with=equals")]).unwrap();
+        let moved = Box::new(prepared);
+        assert_eq!(output_of(*moved), "zero one value=with=equals\n0\n");
+    }
+
+    #[test]
+    fn a_deleted_program_runs_by_descriptor() {
+        let dir = tempfile::tempdir().unwrap();
+        let copy = dir.path().join("copy");
+        fs::copy("/bin/echo", &copy).unwrap();
+        let fd = OwnedFd::from(File::open(&copy).unwrap());
+        fs::remove_file(&copy).unwrap();
+        assert_eq!(
+            output_of(PreparedExec::of_descriptor(fd, ["echo", "still here"], NO_ENV).unwrap()),
+            "still here\n"
+        );
+    }
+}

@@ -1,0 +1,209 @@
+//! What a process holds, as seen from outside, and a few attributes of the calling one.
+//!
+//! The questions are for leak tests and reports: descriptors, threads, memory, as `/proc` tells them (proc(5)). They say
+//! what was so at one moment; nothing here may decide who owns a descriptor.
+
+use std::fs;
+use std::io;
+use std::os::fd::{AsFd, AsRawFd, RawFd};
+use std::path::PathBuf;
+
+use nix::dir::Dir;
+use nix::fcntl::{FcntlArg, OFlag, fcntl};
+use nix::sys::signal::Signal;
+use nix::sys::{prctl, stat::Mode};
+use nix::unistd::{SysconfVar, sysconf};
+
+/// The numbers of the descriptors that this process has open, ascending.
+///
+/// # Errors
+/// Those of reading `/proc/self/fd`.
+pub fn open_fds() -> io::Result<Vec<RawFd>> {
+    open_fds_in("/proc/self/fd".into())
+}
+
+/// The numbers of the descriptors that process `pid` has open, ascending.
+///
+/// # Errors
+/// Those of reading `/proc/<pid>/fd`: `NotFound` if there is no such process, `PermissionDenied` if it is not ours to see.
+pub fn open_fds_of(pid: u32) -> io::Result<Vec<RawFd>> {
+    if pid == std::process::id() {
+        return open_fds();
+    }
+    open_fds_in(format!("/proc/{pid}/fd").into())
+}
+
+fn open_fds_in(path: PathBuf) -> io::Result<Vec<RawFd>> {
+    let mut dir = Dir::open(&path, OFlag::O_RDONLY | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC, Mode::empty())?;
+    // In one's own listing, the descriptor that lists is listed, too.
+    let lister = path.starts_with("/proc/self").then(|| dir.as_raw_fd());
+    let mut numbers = Vec::new();
+    for entry in dir.iter() {
+        if let Some(number) = entry?.file_name().to_str().ok().and_then(|name| name.parse().ok())
+            && Some(number) != lister
+        {
+            numbers.push(number);
+        }
+    }
+    numbers.sort_unstable();
+    Ok(numbers)
+}
+
+/// The names of the threads of process `pid`, the main thread first, then by age. A thread that ends meanwhile may be
+/// left out.
+///
+/// # Errors
+/// Those of reading `/proc/<pid>/task`.
+pub fn thread_names(pid: u32) -> io::Result<Vec<String>> {
+    let mut threads: Vec<u32> = Vec::new();
+    for entry in fs::read_dir(format!("/proc/{pid}/task"))? {
+        threads.extend(entry?.file_name().to_str().and_then(|name| name.parse::<u32>().ok()));
+    }
+    threads.sort_unstable_by_key(|thread| (*thread != pid, *thread));
+    let mut names = Vec::new();
+    for thread in threads {
+        match fs::read(format!("/proc/{pid}/task/{thread}/comm")) {
+            Ok(name) => names.push(String::from_utf8_lossy(&name).trim_end_matches('\n').to_owned()),
+            Err(error)
+                if error.kind() == io::ErrorKind::NotFound || error.raw_os_error() == Some(libc::ESRCH) => {}
+            Err(error) => return Err(error),
+        }
+    }
+    Ok(names)
+}
+
+/// The memory of process `pid` that is resident, in bytes: private and shared, as `VmRSS` counts it, which may lag by some
+/// hundred KiB per CPU.
+///
+/// # Errors
+/// Those of reading `/proc/<pid>/statm`; `InvalidData` if it is not what proc(5) says.
+pub fn rss_bytes(pid: u32) -> io::Result<u64> {
+    let statm = fs::read_to_string(format!("/proc/{pid}/statm"))?;
+    let pages: u64 =
+        statm.split_ascii_whitespace().nth(1).and_then(|pages| pages.parse().ok()).ok_or_else(|| {
+            io::Error::new(io::ErrorKind::InvalidData, format!("/proc/{pid}/statm: {statm:?}"))
+        })?;
+    let page_bytes = sysconf(SysconfVar::PAGE_SIZE)?.ok_or(io::ErrorKind::Unsupported)?;
+    Ok(pages * page_bytes.cast_unsigned())
+}
+
+/// Has the kernel send `signal` to this process when the *thread* that spawned it ends; `None` for nothing.
+///
+/// Forgotten by fork(2), kept by execve(2). A parent that ended before the call is not noticed: look at getppid(2) after
+/// it. See PR_SET_PDEATHSIG(2const).
+///
+/// # Errors
+/// `InvalidInput` (EINVAL) for a number that is no named signal.
+pub fn set_pdeathsig(signal: Option<i32>) -> io::Result<()> {
+    let signal = signal.map(Signal::try_from).transpose()?;
+    Ok(prctl::set_pdeathsig(signal)?)
+}
+
+/// Makes this process the one that inherits the orphans among its descendants, in place of pid 1, or no longer.
+///
+/// # Errors
+/// None that the kernel documents.
+pub fn set_child_subreaper(on: bool) -> io::Result<()> {
+    Ok(prctl::set_child_subreaper(on)?)
+}
+
+/// Sets or clears `O_NONBLOCK`. It belongs to the open file: every duplicate, in every process, changes with it.
+///
+/// # Errors
+/// Those of fcntl(2).
+pub fn set_nonblocking(fd: impl AsFd, on: bool) -> io::Result<()> {
+    let fd = fd.as_fd();
+    let mut flags = OFlag::from_bits_retain(fcntl(fd, FcntlArg::F_GETFL)?);
+    flags.set(OFlag::O_NONBLOCK, on);
+    fcntl(fd, FcntlArg::F_SETFL(flags))?;
+    Ok(())
+}
+
+/// Whether `O_NONBLOCK` is set.
+///
+/// # Errors
+/// Those of fcntl(2).
+pub fn is_nonblocking(fd: impl AsFd) -> io::Result<bool> {
+    Ok(OFlag::from_bits_retain(fcntl(fd, FcntlArg::F_GETFL)?).contains(OFlag::O_NONBLOCK))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::process::{Command, Stdio};
+
+    #[test]
+    fn what_a_child_holds_is_seen_until_it_is_reaped() {
+        let mut child = Command::new("sleep")
+            .arg("100")
+            .stdin(Stdio::null())
+            .stdout(Stdio::null())
+            .stderr(Stdio::null())
+            .spawn()
+            .unwrap();
+        // It may have inherited more than its standard streams from whoever runs the tests.
+        let mut listed: Vec<RawFd> = fs::read_dir(format!("/proc/{}/fd", child.id()))
+            .unwrap()
+            .map(|entry| entry.unwrap().file_name().to_str().unwrap().parse().unwrap())
+            .collect();
+        listed.sort_unstable();
+        assert_eq!(listed[..3], [0, 1, 2]);
+        assert_eq!(open_fds_of(child.id()).unwrap(), listed);
+        assert_eq!(thread_names(child.id()).unwrap(), ["sleep"]);
+        assert!(rss_bytes(child.id()).unwrap() > 4096);
+        child.kill().unwrap();
+        child.wait().unwrap();
+        assert_eq!(open_fds_of(child.id()).unwrap_err().kind(), io::ErrorKind::NotFound);
+        assert!(thread_names(child.id()).is_err() && rss_bytes(child.id()).is_err());
+    }
+
+    #[test]
+    fn own_descriptors_without_the_one_that_lists() {
+        let file = fs::File::open("/dev/null").unwrap();
+        let number = file.as_raw_fd();
+        assert!(open_fds().unwrap().contains(&number));
+        assert!(open_fds_of(std::process::id()).unwrap().contains(&number));
+    }
+
+    #[test]
+    fn own_threads_are_named() {
+        let (sender, receiver) = std::sync::mpsc::channel::<()>();
+        let thread = std::thread::Builder::new().name("a-named-thread".into()).spawn(move || {
+            let _ = receiver.recv();
+        });
+        // The thread names itself, some time after it was started.
+        let deadline = std::time::Instant::now() + std::time::Duration::from_secs(10);
+        while !thread_names(std::process::id()).unwrap().iter().any(|name| name == "a-named-thread") {
+            assert!(std::time::Instant::now() < deadline);
+            std::thread::yield_now();
+        }
+        drop(sender);
+        thread.unwrap().join().unwrap();
+    }
+
+    #[test]
+    fn resident_memory_grows_with_what_is_touched() {
+        let before = rss_bytes(std::process::id()).unwrap();
+        let block = vec![1u8; 64 << 20];
+        assert!(rss_bytes(std::process::id()).unwrap() > before + (32 << 20));
+        drop(std::hint::black_box(block));
+    }
+
+    #[test]
+    fn nonblocking_is_of_the_open_file() {
+        let (socket, _other) = std::os::unix::net::UnixStream::pair().unwrap();
+        let duplicate = socket.try_clone().unwrap();
+        assert!(!is_nonblocking(&socket).unwrap());
+        set_nonblocking(&socket, true).unwrap();
+        assert!(is_nonblocking(&duplicate).unwrap());
+        set_nonblocking(&duplicate, false).unwrap();
+        assert!(!is_nonblocking(&socket).unwrap());
+    }
+
+    #[test]
+    fn attributes_that_are_no_signal() {
+        assert_eq!(set_pdeathsig(Some(99)).unwrap_err().kind(), io::ErrorKind::InvalidInput);
+        set_pdeathsig(Some(libc::SIGKILL)).unwrap();
+        set_pdeathsig(None).unwrap();
+    }
+}
