@@ -92,8 +92,9 @@ impl Drop for Memory {
 impl Keeper {
     /// Starts a keeper of this process as it is now: its address space, its open descriptors.
     ///
-    /// Spawn it last of all, when everything that the target needs is prepared and nothing but the exec is to come. It
-    /// is a child of this process with SIGCHLD as exit signal, named `cpr-keeper`.
+    /// Spawn it last of all, when everything that the target needs is prepared and nothing but the exec is to come, which
+    /// the main thread must do: to watchers on older kernels an exec by another thread can look like the end of the
+    /// process. The keeper is a child of this process with SIGCHLD as exit signal, named `cpr-keeper`.
     ///
     /// # Errors
     /// `InvalidInput` if the doorbell is a blocking one or a number of `keep_fds` is negative; those of clone(2), mmap(2) and
@@ -123,9 +124,12 @@ impl Keeper {
         // SAFETY: `memory` holds the stack and the orders that the child uses, and is freed only after its end. The child
         // runs `child::main` alone, which by its contract touches no thread-local and no lock of this process.
         let spawned = unsafe { clone_onto(&memory) };
-        signals::set_mask(mask)?;
+        let restored = signals::set_mask(mask);
         let (pid, pidfd) = spawned?;
-        Ok(Keeper { pid, pidfd, memory: Some(memory) })
+        // Whole before the next `?`, so that the memory cannot go while the keeper runs.
+        let keeper = Keeper { pid, pidfd, memory: Some(memory) };
+        restored?;
+        Ok(keeper)
     }
 
     /// Its process id, which the target needs to find it.

@@ -141,6 +141,12 @@ mod tests {
             .stderr(Stdio::null())
             .spawn()
             .unwrap();
+        // It is named late in its exec.
+        let deadline = std::time::Instant::now() + std::time::Duration::from_secs(10);
+        while thread_names(child.id()).unwrap() != ["sleep"] {
+            assert!(std::time::Instant::now() < deadline);
+            std::thread::yield_now();
+        }
         // It may have inherited more than its standard streams from whoever runs the tests.
         let mut listed: Vec<RawFd> = fs::read_dir(format!("/proc/{}/fd", child.id()))
             .unwrap()
@@ -149,7 +155,6 @@ mod tests {
         listed.sort_unstable();
         assert_eq!(listed[..3], [0, 1, 2]);
         assert_eq!(open_fds_of(child.id()).unwrap(), listed);
-        assert_eq!(thread_names(child.id()).unwrap(), ["sleep"]);
         assert!(rss_bytes(child.id()).unwrap() > 4096);
         child.kill().unwrap();
         child.wait().unwrap();
