@@ -53,9 +53,9 @@ pub enum UpdateError {
     /// The user cancelled.
     #[error("the update was cancelled")]
     Cancelled,
-    /// The target won the ownership word before the roll back could: the guest runs there.
-    #[error("the target already runs the guest")]
-    AlreadyCommitted,
+    /// The update had ended before, and was asked to go on or to end once more. Nothing was done.
+    #[error("the update is over already")]
+    Over,
 }
 
 /// Why a target cannot take over.

@@ -63,11 +63,18 @@ pub trait Host {
     /// left behind.
     fn memory(&self) -> Vec<MemoryRegion>;
 
+    /// Whether the guest runs now. Asked before [`stop`](Self::stop), for the case that it fails half-way. A host
+    /// whose user can pause the guest says so here, or a failed stop would set a paused guest running.
+    fn activity(&self) -> GuestActivity {
+        GuestActivity::Running
+    }
+
     /// Parks the vCPUs and quiesces device threads, and says whether the guest ran. Called once per attempt; may be
     /// called for a guest that is paused.
     ///
     /// # Errors
-    /// Something did not stop by `deadline`. Whatever was stopped is resumed by [`resume`](Self::resume).
+    /// Something did not stop by `deadline`. Whatever was stopped is resumed by [`resume`](Self::resume), with the
+    /// [`activity`](Self::activity) of before.
     fn stop(&mut self, deadline: Instant) -> Result<GuestActivity, BoxError>;
 
     /// Runs the guest again after a roll back, or for the first time in the target, if `activity` says so.

@@ -56,7 +56,8 @@ impl Incoming {
     /// `services.generation`.
     ///
     /// # Errors
-    /// The frame says nothing of an update, or says it wrongly; or a subscriber refuses.
+    /// The frame says nothing of an update, or says it wrongly; or a subscriber refuses, and those who were told
+    /// `Adopt` have been told `Abandoned`.
     pub fn begin(services: &mut Services, mut arrival: Arrival) -> Result<Incoming, IncomingError> {
         let section = arrival.early.require(UPDATE_SECTION, 0)?;
         let update: UpdateSection = section.decode(1)?;
@@ -74,8 +75,13 @@ impl Incoming {
             activity: if update.guest_running { GuestActivity::Running } else { GuestActivity::Paused },
             told: Told::default(),
         };
-        incoming.tell_all(Event::Adopt)?;
-        Ok(incoming)
+        match incoming.tell_all(Event::Adopt) {
+            Ok(()) => Ok(incoming),
+            Err(error) => {
+                incoming.abandon();
+                Err(error.into())
+            }
+        }
     }
 
     /// The mode that brought the update.

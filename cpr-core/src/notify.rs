@@ -179,11 +179,6 @@ pub(crate) struct Told {
 }
 
 impl Told {
-    /// Whether nobody was told anything yet.
-    pub(crate) fn is_empty(&self) -> bool {
-        self.subscribers.is_empty()
-    }
-
     /// Tells everybody who subscribed to `notice.mode`, whether or not they were told before.
     pub(crate) fn tell_all(&mut self, notifier: &Notifier, notice: &Notice<'_>) -> Result<(), NotifyError> {
         for weak in notifier.subscribers() {

@@ -112,18 +112,20 @@ pub enum Step {
 /// How an update ended, seen from the source.
 #[derive(Debug)]
 pub enum Outcome {
-    /// The target has the guest, or storage has its state.
+    /// The target has the guest, or storage has its state: the source must not run it again.
     HandedOver,
     /// The update failed.
     Failed {
         /// Why.
         error: UpdateError,
-        /// Whether the guest is as it was before. An error here is a second failure, of resuming it.
+        /// Whether the guest is as it was before; it belongs to the source. An error here is a second failure, of
+        /// resuming it.
         guest: Result<(), BoxError>,
     },
 }
 
 enum State {
+    Tell,
     Prepare,
     Stop,
     Save,
@@ -171,15 +173,16 @@ impl Update {
         if !reasons.is_empty() {
             return Err(UpdateError::Blocked { mode: info.id, reasons });
         }
-        mode.check().map_err(UpdateError::Refused)?;
+        // Before the check, which may open what nobody would undo if this failed after it.
         let control = Control::create(fresh_epoch()).map_err(UpdateError::Setup)?;
+        mode.check().map_err(UpdateError::Refused)?;
         control.timeline().stamp(Stamp::Begin);
         Ok(Update {
             mode,
             info,
             services: services.clone(),
             control,
-            state: State::Prepare,
+            state: State::Tell,
             told: Told::default(),
             activity: None,
         })
@@ -195,12 +198,13 @@ impl Update {
         &self.control
     }
 
-    /// Whether the guest was asked to stop already.
+    /// Whether the guest was asked to stop, and was not resumed here since.
     pub fn has_stopped_guest(&self) -> bool {
-        !matches!(self.state, State::Prepare | State::Stop)
+        self.activity.is_some()
     }
 
-    /// Goes one phase further.
+    /// Goes one phase further. Once it has answered [`Step::Finished`], this and the other ways to end an update
+    /// answer [`UpdateError::Over`] and do nothing.
     pub fn step(&mut self, host: &mut dyn Host) -> Step {
         match self.try_step(host) {
             Ok(step) => step,
@@ -210,13 +214,16 @@ impl Update {
 
     fn try_step(&mut self, host: &mut dyn Host) -> Result<Step, UpdateError> {
         match std::mem::replace(&mut self.state, State::Finished) {
+            State::Tell => {
+                let _span = tracing::info_span!("prepare", mode = %self.info.id).entered();
+                self.state = State::Prepare;
+                let notice = notice(Event::Prepare, &self.info, &self.control);
+                self.told.tell_all(&self.services.notifier, &notice)?;
+                Ok(Step::Again)
+            }
             State::Prepare => {
                 let _span = tracing::info_span!("prepare", mode = %self.info.id).entered();
                 self.state = State::Prepare;
-                if self.told.is_empty() {
-                    let notice = notice(Event::Prepare, &self.info, &self.control);
-                    self.told.tell_all(&self.services.notifier, &notice)?;
-                }
                 let attempt = attempt(&self.control, &self.services, &[]);
                 let prepared = self.mode.prepare(&attempt);
                 match prepared
@@ -233,7 +240,7 @@ impl Update {
                 let _span = tracing::info_span!("stop").entered();
                 self.control.timeline().stamp(Stamp::StopRequested);
                 // Before the call: a host that fails half-way has stopped something, and must be resumed.
-                self.activity = Some(GuestActivity::Running);
+                self.activity = Some(host.activity());
                 let deadline = Instant::now() + self.services.stop_timeout;
                 self.activity = Some(host.stop(deadline).map_err(UpdateError::Stop)?);
                 self.tell_again(Event::Stopped)?;
@@ -267,7 +274,7 @@ impl Update {
                 self.state = State::Terminal;
                 Ok(Step::Terminal)
             }
-            State::Finished => Ok(Step::Finished(Outcome::HandedOver)),
+            State::Finished => Ok(Step::Finished(over())),
         }
     }
 
@@ -292,12 +299,19 @@ impl Update {
 
     /// The terminal action came back: takes the guest back.
     pub fn terminal_failed(&mut self, host: &mut dyn Host, error: BoxError) -> Outcome {
+        if self.is_over() {
+            return over();
+        }
         let error = self.hand_over_error(error);
         self.fail(host, error)
     }
 
-    /// Ends the attempt at the user's wish.
+    /// Ends the attempt at the user's wish. [`Outcome::HandedOver`]: too late, the target has committed. A terminal
+    /// action that the host still has in its slot is to be dropped unrun.
     pub fn cancel(&mut self, host: &mut dyn Host) -> Outcome {
+        if self.is_over() {
+            return over();
+        }
         self.fail(host, UpdateError::Cancelled)
     }
 
@@ -305,12 +319,17 @@ impl Update {
         UpdateError::HandOver { mode: self.info.id.clone(), source }
     }
 
+    fn is_over(&self) -> bool {
+        matches!(self.state, State::Finished)
+    }
+
     /// Wins the word back, then undoes everything in reverse order, then resumes the guest.
     fn fail(&mut self, host: &mut dyn Host, error: UpdateError) -> Outcome {
         let _span = tracing::info_span!("roll-back", %error).entered();
         self.state = State::Finished;
         if self.control.ownership().roll_back() == Err(Lost::To(Owner::Target)) {
-            return Outcome::Failed { error: UpdateError::AlreadyCommitted, guest: Ok(()) };
+            tracing::warn!(%error, "too late to take the guest back: the target has committed");
+            return Outcome::HandedOver;
         }
         self.mode.roll_back(&attempt(&self.control, &self.services, &[]));
         if let Err(error) = self.tell_again(Event::RolledBack) {
@@ -341,6 +360,10 @@ impl std::fmt::Debug for Update {
             .field("control", &self.control)
             .finish_non_exhaustive()
     }
+}
+
+fn over() -> Outcome {
+    Outcome::Failed { error: UpdateError::Over, guest: Ok(()) }
 }
 
 fn attempt<'a>(control: &'a Control, services: &'a Services, slow_to_close: &'a [RawFd]) -> Attempt<'a> {

@@ -21,7 +21,7 @@ pub use channel::{ChannelError, MainChannel};
 pub use cleanup::KeeperEnd;
 pub use environment::{EnvironmentError, RESERVED_PREFIX, STATE_VARIABLE};
 pub use source::{CommandError, CprExec};
-pub use target::{ExecArrival, ReceiveError, receive};
+pub use target::{ExecArrival, MainReader, ReceiveError, receive};
 
 use cpr_core::{ModeId, ModeInfo, Properties};
 

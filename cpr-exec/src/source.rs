@@ -166,6 +166,10 @@ struct LastAct {
 impl LastAct {
     /// Execs. Coming back, it has put everything as it was before.
     fn run(self) -> BoxError {
+        // A target of an update that was cancelled since could never commit, and the guest would be lost.
+        if self.control.ownership().owner() != Some(Owner::Source) {
+            return "the update ended before it was executed".into();
+        }
         let mask = match signals::block_all() {
             Ok(mask) => mask,
             Err(error) => return format!("signals could not be blocked: {error}").into(),

@@ -50,12 +50,19 @@ pub struct ExecArrival {
     pub main: MainChannel,
     /// What to do with the keeper after the commit, if there is one.
     pub keeper: Option<KeeperEnd>,
+    /// Reads the main frame, there or elsewhere.
+    pub source: MainReader,
+}
+
+/// Opens the main frame for [`cpr_core::Incoming::load`].
+#[derive(Debug)]
+pub struct MainReader {
     memfd: Option<Arc<OwnedFd>>,
 }
 
-impl ExecArrival {
-    /// A source for the main frame in `channel`: normally [`main`](Self::main), or where the user says that it is.
-    pub fn main_source(&self, channel: MainChannel) -> Box<dyn MainSource> {
+impl MainReader {
+    /// The main frame in `channel`: normally [`ExecArrival::main`], or where the user says that it is.
+    pub fn open(&self, channel: MainChannel) -> Box<dyn MainSource> {
         Box::new(ChannelSource { channel, memfd: self.memfd.clone() })
     }
 }
@@ -91,8 +98,13 @@ fn take_over(state: OwnedFd) -> Result<ExecArrival, BoxError> {
         (Some(pid), Some(doorbell)) => Some(KeeperEnd::new(pid, doorbell)?),
         _ => None,
     };
+    let memfd = registry.find(names::MAIN, 0);
+    // They have served. The next update brings its own of the same names, even while somebody still holds these.
+    for name in [names::CONTROL, names::DOORBELL, names::MAIN] {
+        registry.delete(name, 0);
+    }
     Ok(ExecArrival {
-        memfd: registry.find(names::MAIN, 0),
+        source: MainReader { memfd },
         arrival: Arrival { mode: mode_info(), early, registry, control },
         signal_mask: SignalMask::from_bits(process.signal_mask),
         main: process.main.into(),

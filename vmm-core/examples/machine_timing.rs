@@ -1,0 +1,178 @@
+//! Times the steps of an update that are this crate's: pause, save, build anew, restore, run.
+//!
+//! `cargo run --release -p vmm-core --example machine_timing [ROUNDS]`. Both machines live in this process and map the
+//! same memfd; the old one is dropped outside the measured time, as the process that keeps it would do. Times are
+//! medians in microseconds; `worst` is of the sum.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::{Duration, Instant};
+
+use oslib::clock::monotonic_ns;
+use vmm_core::boot::{self, BootRequest, KernelImage};
+use vmm_core::kvm::{self, Capabilities, Vm};
+use vmm_core::machine::{Machine, MachineConfig};
+use vmm_core::memory::{Backend, BackendConfig, BackendKind, GuestRam};
+use vmm_core::payload;
+use vmm_core::serial::SerialSink;
+use vmm_core::state::MachineState;
+use vmm_core::vcpu::RunObserver;
+
+type Error = Box<dyn std::error::Error>;
+
+struct Nowhere;
+
+impl SerialSink for Nowhere {
+    fn write(&mut self, _bytes: &[u8]) {}
+}
+
+/// The earliest last exit is what a guest notices as the beginning, the latest first run as the end.
+#[derive(Default)]
+struct Stamps {
+    last_exit: AtomicU64,
+    first_run: AtomicU64,
+}
+
+impl RunObserver for Stamps {
+    fn first_run(&self, _vcpu: usize) {
+        self.first_run.fetch_max(monotonic_ns(), Ordering::Relaxed);
+    }
+
+    fn last_exit(&self, _vcpu: usize) {
+        self.last_exit.fetch_max(monotonic_ns(), Ordering::Relaxed);
+    }
+}
+
+fn main() -> Result<(), Error> {
+    let rounds: usize = std::env::args().nth(1).map_or(Ok(40), |n| n.parse())?;
+    building_blocks(rounds)?;
+    println!();
+    println!("an update's steps, median of {rounds} rounds, us");
+    println!(
+        "{:>5} {:>6} | {:>6} {:>6} {:>6} {:>6} | {:>6} {:>6} {:>7} {:>6} | {:>6} {:>6} | {:>6}",
+        "vcpus", "MiB", "pause", "save", "encode", "decode", "new", "ready", "restore", "run", "sum", "worst", "bytes"
+    );
+    for (vcpus, mib) in
+        [(1, 256), (1, 1024), (1, 4096), (1, 8192), (2, 256), (2, 8192), (4, 256), (8, 256), (8, 8192)]
+    {
+        cycle(vcpus, mib << 20, rounds)?;
+    }
+    Ok(())
+}
+
+fn median(samples: &mut [f64]) -> f64 {
+    samples.sort_by(f64::total_cmp);
+    samples[samples.len() / 2]
+}
+
+fn us(since: Instant) -> f64 {
+    since.elapsed().as_secs_f64() * 1e6
+}
+
+fn backend(size: u64) -> Result<Backend, Error> {
+    let kind = BackendKind::Memfd { share: true, hugetlb: None };
+    Ok(Backend::create(BackendConfig { id: "ram0".to_owned(), size, kind })?)
+}
+
+/// Times the calls that `Machine::new` is made of, one after the other.
+fn building_blocks(rounds: usize) -> Result<(), Error> {
+    const NAMES: [&str; 7] =
+        ["open", "probe", "VM + irqchip", "PIT", "RAM mmap", "RAM slots (8 GiB)", "8 vCPUs, one thread"];
+    let backend = backend(8 << 30)?;
+    let mut samples = vec![Vec::new(); NAMES.len()];
+    for _ in 0..rounds {
+        let mut nth = 0;
+        let mut lap = Instant::now();
+        let mut step = || {
+            samples[nth].push(us(lap));
+            nth += 1;
+            lap = Instant::now();
+        };
+        let kvm = kvm::open()?;
+        step();
+        Capabilities::probe(&kvm)?;
+        step();
+        let vm = Arc::new(Vm::create(&kvm)?);
+        step();
+        vm.create_pit()?;
+        step();
+        let ram = GuestRam::map(&backend)?;
+        step();
+        vm.map_ram(&ram)?;
+        step();
+        let vcpus = (0..8).map(|id| vm.create_vcpu(id)).collect::<Result<Vec<_>, _>>()?;
+        step();
+        drop(vcpus);
+    }
+    println!("building blocks, median of {rounds} rounds, us");
+    for (name, samples) in NAMES.iter().zip(&mut samples) {
+        println!("{name:>22} {:8.0}", median(samples));
+    }
+    Ok(())
+}
+
+fn machine(backend: &Backend, vcpus: usize, stamps: &Arc<Stamps>) -> Result<Machine, Error> {
+    let observer = Arc::clone(stamps) as Arc<dyn RunObserver>;
+    let ram = GuestRam::map(backend)?;
+    Ok(Machine::new(MachineConfig { ram, vcpus, serial: Box::new(Nowhere), observer })?)
+}
+
+fn cycle(vcpus: usize, size: u64, rounds: usize) -> Result<(), Error> {
+    let backend = backend(size)?;
+    let stamps = Arc::new(Stamps::default());
+    let mut old = machine(&backend, vcpus, &stamps)?;
+    let kernel = KernelImage::BuiltIn { name: "payload", bytes: payload::ELF };
+    let cmdline = format!("cpus={vcpus}");
+    let request = BootRequest { kernel, initrd: None, cmdline: &cmdline, vcpus };
+    let entry = boot::load(old.ram().memory(), &request)?;
+    old.set_entry(&|regs, sregs| entry.apply(regs, sregs))?;
+    old.run()?;
+    std::thread::sleep(Duration::from_millis(500));
+
+    let mut columns: [Vec<f64>; 9] = Default::default();
+    let mut bytes = 0;
+    for _ in 0..rounds {
+        std::thread::sleep(Duration::from_millis(10));
+        stamps.first_run.store(0, Ordering::Relaxed);
+        stamps.last_exit.store(0, Ordering::Relaxed);
+        let mut row = Vec::new();
+        let mut lap = Instant::now();
+        let mut step = || {
+            row.push(us(lap));
+            lap = Instant::now();
+        };
+        old.pause(Duration::from_secs(1))?;
+        step();
+        let state = old.save()?;
+        step();
+        let wire = postcard::to_allocvec(&state)?;
+        step();
+        let new = machine(&backend, vcpus, &stamps)?;
+        step();
+        new.ready()?;
+        step();
+        let state: MachineState = postcard::from_bytes(&wire)?;
+        step();
+        new.restore(&state)?;
+        step();
+        new.run()?;
+        step();
+        bytes = wire.len();
+        // The vCPUs enter the guest a moment after `run` has told them to.
+        std::thread::sleep(Duration::from_millis(2));
+        let gap = stamps.first_run.load(Ordering::Relaxed) - stamps.last_exit.load(Ordering::Relaxed);
+        row.push(gap as f64 / 1e3);
+        // Printed in another order than measured: building apart from the state's way.
+        for (column, nth) in columns.iter_mut().zip([0, 1, 2, 5, 3, 4, 6, 7, 8]) {
+            column.push(row[nth]);
+        }
+        old = new;
+    }
+    let worst = columns[8].iter().copied().fold(0.0, f64::max);
+    let m: Vec<f64> = columns.iter_mut().map(|column| median(column)).collect();
+    println!(
+        "{vcpus:>5} {:>6} | {:>6.0} {:>6.0} {:>6.0} {:>6.0} | {:>6.0} {:>6.0} {:>7.0} {:>6.0} | {:>6.0} {worst:>6.0} | {bytes:>6}",
+        size >> 20, m[0], m[1], m[2], m[3], m[4], m[5], m[6], m[7], m[8]
+    );
+    Ok(())
+}

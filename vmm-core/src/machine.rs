@@ -1,0 +1,400 @@
+//! The machine: a KVM VM with its vCPUs, and the way of its state out and in.
+//!
+//! Life of a machine:
+//!
+//! ```text
+//! new ---> set_entry ----------> run <-> pause ---> save ---> (this process ends here)
+//!   '----> preset_cpuid? ---> restore ---> run
+//! ```
+//!
+//! [`Machine::new`] needs only RAM and a number of vCPUs, so the target of an update calls it while the source still
+//! runs, or before it has read the state. Every method is called from one thread, the owner's; vCPUs have their own. What
+//! has to be settled between methods (which mode, when to commit, what devices do) is the owner's business.
+
+use std::os::fd::{AsRawFd, RawFd};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use kvm_bindings::{kvm_regs, kvm_sregs};
+use kvm_ioctls::Kvm;
+use zerocopy::IntoBytes;
+
+pub use crate::error::MachineError;
+use crate::kvm::{self, Capabilities, Vm};
+use crate::memory::GuestRam;
+use crate::platform::{self, Rtc};
+use crate::ports::{MmioBus, PortBus};
+use crate::serial::{COM1_IRQ, COM1_LEN, COM1_PORT, KvmIrqLine, Serial, SerialSink};
+use crate::state::{Blob, GsiRoute, MachineState, PlatformState, VcpuState};
+use crate::vcpu::{self, Environment, EventQueue, EventSender, RunObserver, Vcpus, event_queue};
+use crate::vm_state;
+
+/// The most vCPUs that a machine has. The ACPI tables and the payload's mailboxes go this far.
+pub const MAX_VCPUS: usize = 64;
+
+/// What a machine is made of.
+pub struct MachineConfig {
+    /// The guest's RAM.
+    pub ram: GuestRam,
+    /// How many vCPUs, 1 to [`MAX_VCPUS`].
+    pub vcpus: usize,
+    /// Where COM1's output goes.
+    pub serial: Box<dyn SerialSink>,
+    /// Who is told when the guest stands still and when it runs again.
+    pub observer: Arc<dyn RunObserver>,
+}
+
+/// A virtual machine. Dropping it ends its vCPU threads.
+pub struct Machine {
+    // First, so that the threads are gone before what they use.
+    vcpus: Vcpus,
+    serial: Arc<Serial>,
+    rtc: Arc<Rtc>,
+    ports: Arc<PortBus>,
+    mmio: Arc<MmioBus>,
+    queue: EventQueue,
+    sender: EventSender,
+    msr_list: Mutex<Option<Arc<[u32]>>>,
+    routes: Mutex<Vec<GsiRoute>>,
+    vm: Arc<Vm>,
+    caps: Capabilities,
+    kvm: Kvm,
+    ram: GuestRam,
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+impl Machine {
+    /// Builds the VM, maps the RAM, and starts the vCPU threads, which create their vCPUs meanwhile. Returns without
+    /// waiting for those: what needs them waits ([`Machine::ready`] does nothing else).
+    ///
+    /// # Errors
+    /// No usable KVM, or a call that failed. A vCPU that cannot be created is reported by the first method that
+    /// needs it.
+    pub fn new(config: MachineConfig) -> Result<Self, MachineError> {
+        let kvm = kvm::open()?;
+        let caps = Capabilities::probe(&kvm)?;
+        let limit = caps.max_vcpus.min(MAX_VCPUS);
+        if !(1..=limit).contains(&config.vcpus) {
+            return Err(MachineError::VcpuLimit { wanted: config.vcpus, limit });
+        }
+        let vm = Arc::new(Vm::create(&kvm)?);
+        let (sender, queue) = event_queue()?;
+        let (ports, mmio) = (Arc::new(PortBus::new()), Arc::new(MmioBus::new()));
+        let environment = Environment {
+            ports: Arc::clone(&ports),
+            mmio: Arc::clone(&mmio),
+            events: sender.clone(),
+            observer: config.observer,
+            caps,
+        };
+        let vcpus = Vcpus::spawn(config.vcpus, &vm, &environment)?;
+        vm.create_pit()?;
+        vm.map_ram(&config.ram)?;
+        let line = Arc::new(KvmIrqLine::new(Arc::clone(&vm), COM1_IRQ));
+        let serial = Arc::new(Serial::new(line, config.serial));
+        ports.insert(COM1_PORT, COM1_LEN, "COM1", serial.clone())?;
+        let rtc = platform::attach(&ports, &sender)?;
+        Ok(Self {
+            vcpus,
+            serial,
+            rtc,
+            ports,
+            mmio,
+            queue,
+            sender,
+            msr_list: Mutex::new(None),
+            routes: Mutex::new(Vec::new()),
+            vm,
+            caps,
+            kvm,
+            ram: config.ram,
+        })
+    }
+
+    /// Waits until every vCPU exists.
+    ///
+    /// # Errors
+    /// The vCPU that could not be created.
+    pub fn ready(&self) -> Result<(), MachineError> {
+        self.vcpus.ready()
+    }
+
+    /// Prepares a cold start: gives the vCPUs the host's CPUID, and the first one its first instruction. `entry`
+    /// changes the registers as KVM resets them. The other vCPUs wait for the guest to start them.
+    ///
+    /// # Errors
+    /// The vCPU and the call that failed.
+    pub fn set_entry(&self, entry: &dyn Fn(&mut kvm_regs, &mut kvm_sregs)) -> Result<(), MachineError> {
+        self.ready()?;
+        let tables = vcpu::host_cpuid(&self.kvm, &self.caps, self.vcpus.count())?;
+        let tables: Vec<Blob> = tables.iter().map(|table| Blob::from(table.as_bytes().to_vec())).collect();
+        self.preset_cpuid(&tables)?;
+        self.msr_list()?;
+        self.enter_at(entry)
+    }
+
+    /// Gives the vCPUs their CPUID tables ahead of [`Machine::restore`], which then need not. `tables` are the `cpuid`
+    /// fields of the vCPUs' states.
+    ///
+    /// # Errors
+    /// The vCPU whose table was refused; [`MachineError::VcpuCount`] when there are not as many as vCPUs.
+    pub fn preset_cpuid(&self, tables: &[Blob]) -> Result<(), MachineError> {
+        self.check_count(tables.len())?;
+        self.ready()?;
+        self.vcpus.on_all(|index| {
+            let table = tables[index].clone();
+            Box::new(move |cpu| vcpu::set_cpuid(&cpu.vcpu, &mut cpu.cpuid, &table))
+        })?;
+        Ok(())
+    }
+
+    /// Lets the vCPUs run, or run again.
+    ///
+    /// # Errors
+    /// A vCPU that does not exist any more.
+    pub fn run(&self) -> Result<(), MachineError> {
+        self.vcpus.resume()
+    }
+
+    /// Stops the vCPUs; returns when none runs. Devices and their threads are the owner's to stop.
+    ///
+    /// # Errors
+    /// [`MachineError::PauseTimedOut`] when a vCPU is held up longer than `deadline`. [`Machine::run`] undoes it.
+    pub fn pause(&self, deadline: Duration) -> Result<(), MachineError> {
+        self.vcpus.pause(deadline)
+    }
+
+    /// Saves the state of a paused machine. The machine can run on afterwards.
+    ///
+    /// # Errors
+    /// A vCPU that runs, or the call that failed.
+    pub fn save(&self) -> Result<MachineState, MachineError> {
+        self.ready()?;
+        let list = self.msr_list()?;
+        let saving = self.start_saving(&list)?;
+        let vm = vm_state::save(&self.vm, lock(&self.routes).clone());
+        let (serial, platform) = (self.serial.save(), self.rtc.save());
+        Ok(MachineState { vcpus: saving.wait()?, vm: vm?, serial, platform })
+    }
+
+    /// Gives a machine that has not run yet a saved state. The guest is told, when it runs, that it stood still.
+    ///
+    /// # Errors
+    /// A state that is malformed or of another shape touches nothing. After any other error the machine is of no use.
+    pub fn restore(&self, state: &MachineState) -> Result<(), MachineError> {
+        state.check()?;
+        self.check_count(state.vcpus.len())?;
+        self.ready()?;
+        let restoring = self.start_restoring(&state.vcpus)?;
+        let before = self.restore_around_vcpus(state);
+        restoring.wait()?;
+        before?;
+        vm_state::restore_after_vcpus(&self.vm, &state.vm)?;
+        vm_state::restore_clock(&self.vm, &self.caps, &state.vm.clock)?;
+        // What its first host let it set, it may have set; this host's own list may be shorter.
+        let list: Vec<u32> = state.vcpus[0].msrs.iter().map(|&(index, _)| index).collect();
+        *lock(&self.msr_list) = Some(list.into());
+        self.notify_guest_paused();
+        Ok(())
+    }
+
+    /// Puts a paused machine into the state after power-on: the guest keeps its CPUID, its clock goes on. `entry` is
+    /// as in [`Machine::set_entry`]. Reloading the kernel into RAM, and other devices, are the caller's.
+    ///
+    /// The state comes from a VM of the same shape that is made for the purpose: no snapshot of the start has to be
+    /// kept, or carried through updates.
+    ///
+    /// # Errors
+    /// A vCPU that runs, or the call that failed.
+    pub fn reset(&self, entry: &dyn Fn(&mut kvm_regs, &mut kvm_sregs)) -> Result<(), MachineError> {
+        self.ready()?;
+        let cpuid = self.vcpus.on_all(|_| Box::new(|cpu| Ok(cpu.cpuid.clone().unwrap_or_default())))?;
+        let (vcpus, vm) = self.pristine(&cpuid)?;
+        vm_state::restore_before_vcpus(&self.vm, &vm)?;
+        self.start_restoring(&vcpus)?.wait()?;
+        vm_state::restore_after_vcpus(&self.vm, &vm)?;
+        self.serial.reset();
+        self.rtc.restore(&PlatformState::default());
+        self.enter_at(entry)
+    }
+
+    /// Has each vCPU tell its guest, before it runs again, that it stood still (`KVM_KVMCLOCK_CTRL`), so that the
+    /// guest's soft-lockup watchdog keeps quiet. [`Machine::restore`] does this by itself.
+    pub fn notify_guest_paused(&self) {
+        self.vcpus.tell_paused_on_resume();
+    }
+
+    /// Replaces the interrupt routes, which travel with the machine. [`default_routes`] is what KVM starts with.
+    ///
+    /// # Errors
+    /// The kernel's answer; the routes are as before then.
+    pub fn set_gsi_routes(&self, routes: &[GsiRoute]) -> Result<(), MachineError> {
+        vm_state::set_routes(&self.vm, routes)?;
+        *lock(&self.routes) = routes.to_vec();
+        Ok(())
+    }
+
+    /// Returns the interrupt routes that were set; none means KVM's own.
+    pub fn gsi_routes(&self) -> Vec<GsiRoute> {
+        lock(&self.routes).clone()
+    }
+
+    /// Returns every KVM descriptor of the machine: `/dev/kvm`, the VM, the vCPUs. Whoever keeps the old machine past
+    /// an exec closes these last.
+    ///
+    /// # Errors
+    /// The vCPU that could not be created.
+    pub fn kvm_fds(&self) -> Result<Vec<RawFd>, MachineError> {
+        let mut fds = vec![self.kvm.as_raw_fd(), self.vm.as_raw_fd()];
+        fds.extend(self.vcpus.fds()?);
+        Ok(fds)
+    }
+
+    /// Returns the kernel's ids of the vCPU threads, in order of the vCPUs.
+    ///
+    /// # Errors
+    /// The vCPU that could not be created.
+    pub fn thread_ids(&self) -> Result<Vec<u32>, MachineError> {
+        self.vcpus.thread_ids()
+    }
+
+    /// Returns the events for the owner: a descriptor to wait on, and the queue behind it.
+    pub fn events(&self) -> &EventQueue {
+        &self.queue
+    }
+
+    /// Returns a sender into [`Machine::events`], for further devices.
+    pub fn event_sender(&self) -> EventSender {
+        self.sender.clone()
+    }
+
+    /// Returns the I/O ports, for further devices.
+    pub fn ports(&self) -> &Arc<PortBus> {
+        &self.ports
+    }
+
+    /// Returns the addresses outside RAM, for further devices.
+    pub fn mmio(&self) -> &Arc<MmioBus> {
+        &self.mmio
+    }
+
+    /// Returns COM1.
+    pub fn serial(&self) -> &Arc<Serial> {
+        &self.serial
+    }
+
+    /// Returns the VM, for irqfds, ioeventfds and messages.
+    pub fn vm(&self) -> &Arc<Vm> {
+        &self.vm
+    }
+
+    /// Returns the guest's RAM.
+    pub fn ram(&self) -> &GuestRam {
+        &self.ram
+    }
+
+    /// Returns what this host's KVM offers.
+    pub fn capabilities(&self) -> &Capabilities {
+        &self.caps
+    }
+
+    /// Returns the number of vCPUs.
+    pub fn vcpu_count(&self) -> usize {
+        self.vcpus.count()
+    }
+
+    /// Tells whether no vCPU runs.
+    pub fn is_paused(&self) -> bool {
+        self.vcpus.all_parked()
+    }
+
+    fn check_count(&self, found: usize) -> Result<(), MachineError> {
+        let expected = self.vcpus.count();
+        if found == expected { Ok(()) } else { Err(MachineError::VcpuCount { expected, found }) }
+    }
+
+    fn enter_at(&self, entry: &dyn Fn(&mut kvm_regs, &mut kvm_sregs)) -> Result<(), MachineError> {
+        let (mut regs, mut sregs) = self.vcpus.on_one(0, |cpu| vcpu::entry_registers(&cpu.vcpu))?;
+        entry(&mut regs, &mut sregs);
+        self.vcpus.on_one(0, move |cpu| vcpu::set_entry_registers(&cpu.vcpu, &regs, &sregs))
+    }
+
+    /// Returns the MSRs to save, found out on the first vCPU if this machine was not restored.
+    fn msr_list(&self) -> Result<Arc<[u32]>, MachineError> {
+        let mut known = lock(&self.msr_list);
+        if let Some(list) = &*known {
+            return Ok(Arc::clone(list));
+        }
+        let listed = self.kvm.get_msr_index_list();
+        let listed = listed.map_err(crate::error::KvmError::of("KVM_GET_MSR_INDEX_LIST"))?;
+        let list = self.vcpus.on_one(0, move |cpu| {
+            Ok(vcpu::learn_msr_list(&cpu.vcpu, listed.as_slice())?)
+        })?;
+        Ok(Arc::clone(known.insert(list.into())))
+    }
+
+    fn start_saving(&self, list: &Arc<[u32]>) -> Result<vcpu::Pending<VcpuState>, MachineError> {
+        self.vcpus.start_on_all(|_| {
+            let list = Arc::clone(list);
+            Box::new(move |cpu| {
+                let cpuid = cpu.cpuid.clone().unwrap_or_default();
+                vcpu::save(&cpu.vcpu, cpu.index as u32, &cpu.caps, &cpuid, &list)
+            })
+        })
+    }
+
+    fn start_restoring(&self, states: &[VcpuState]) -> Result<vcpu::Pending<()>, MachineError> {
+        self.vcpus.start_on_all(|index| {
+            let state = states[index].clone();
+            Box::new(move |cpu| vcpu::restore(&cpu.vcpu, &cpu.caps, &mut cpu.cpuid, &state))
+        })
+    }
+
+    /// What the owner's thread restores while the vCPUs' threads restore theirs.
+    fn restore_around_vcpus(&self, state: &MachineState) -> Result<(), MachineError> {
+        vcpu::restore_step!("gsi-routes", {
+            if !state.vm.gsi_routes.is_empty() {
+                self.set_gsi_routes(&state.vm.gsi_routes)?;
+            }
+        });
+        vm_state::restore_before_vcpus(&self.vm, &state.vm)?;
+        vcpu::restore_step!("serial", self.serial.restore(&state.serial)?);
+        self.rtc.restore(&state.platform);
+        Ok(())
+    }
+
+    /// Returns the state after power-on of a VM like this one whose vCPUs have these CPUID tables.
+    fn pristine(&self, cpuid: &[Blob]) -> Result<(Vec<VcpuState>, crate::state::VmState), MachineError> {
+        let scratch = Arc::new(Vm::create(&self.kvm)?);
+        scratch.create_pit()?;
+        let list = self.msr_list()?;
+        let list: Vec<u32> = list.iter().copied().filter(|&index| index != vcpu::IA32_TSC).collect();
+        let mut states = Vec::with_capacity(cpuid.len());
+        for (index, table) in cpuid.iter().enumerate() {
+            let state = || -> Result<VcpuState, vcpu::VcpuError> {
+                let vcpu = scratch.create_vcpu(index as u32)?;
+                vcpu::set_cpuid(&vcpu, &mut None, table)?;
+                let mut state = vcpu::save(&vcpu, index as u32, &self.caps, table, &list)?;
+                // The time stamp counter goes on, as the clock does.
+                (state.tsc_khz, state.tsc_offset) = (0, None);
+                Ok(state)
+            };
+            states.push(state().map_err(|source| MachineError::Vcpu { index, source })?);
+        }
+        Ok((states, vm_state::save(&scratch, Vec::new())?))
+    }
+}
+
+impl std::fmt::Debug for Machine {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Machine").field("vcpus", &self.vcpus).field("ram", &self.ram.regions()).finish()
+    }
+}
+
+/// Returns the interrupt routes that KVM starts with, for whoever adds to them.
+pub fn default_routes() -> Vec<GsiRoute> {
+    vm_state::default_routes()
+}

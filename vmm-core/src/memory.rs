@@ -1,0 +1,560 @@
+//! Guest RAM: where it comes from, whether it outlives the VMM, and where the guest sees it.
+//!
+//! A [`Backend`] is QEMU's memory backend object: a memfd, a file, or anonymous memory. [`GuestRam`] is a backend
+//! mapped into this process and split around the hole below 4 GiB that devices live in. Neither ever touches a page:
+//! a freshly mapped RAM costs no more than two `mmap` calls, however large it is. Whether the contents survive a
+//! replacement of the VMM is a property of the backend ([`Backend::in_place_obstacle`]); who must ask is the mode.
+
+use std::fs::{File, OpenOptions};
+use std::io;
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use oslib::memfd::{self, HugePage, Memfd};
+use vm_memory::mmap::{MmapRegionBuilder, MmapRegionError};
+use vm_memory::{FileOffset, GuestAddress, GuestMemoryMmap, GuestRegionMmap};
+
+/// End of the RAM below the hole for devices: 3 GiB, where QEMU's `q35` and `microvm` end it as well.
+pub const LOW_RAM_END: u64 = 0xc000_0000;
+/// Start of the RAM above the hole: 4 GiB.
+pub const HIGH_RAM_START: u64 = 0x1_0000_0000;
+/// RAM comes in whole pages.
+const PAGE_LEN: u64 = 4096;
+
+/// What backs guest RAM, in the terms of QEMU's `-object memory-backend-*`.
+#[derive(Debug, Clone, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum BackendKind {
+    /// `memory-backend-memfd`.
+    Memfd {
+        /// `share=on`: writes go to the memfd. Off: they stay in this process, and end with it.
+        share: bool,
+        /// Bytes of a page of the hugetlb pool to take the memory from; `None` for ordinary pages.
+        hugetlb: Option<u64>,
+    },
+    /// `memory-backend-file`.
+    File {
+        /// The file, created if absent.
+        path: PathBuf,
+        /// As for the memfd.
+        share: bool,
+    },
+    /// `memory-backend-ram`. As in QEMU, `share=on` gives it a descriptor: it is then a memfd in all but name.
+    Ram {
+        /// As for the memfd.
+        share: bool,
+    },
+}
+
+impl BackendKind {
+    fn share(&self) -> bool {
+        match *self {
+            Self::Memfd { share, .. } | Self::File { share, .. } | Self::Ram { share } => share,
+        }
+    }
+
+    fn hugetlb(&self) -> Option<u64> {
+        match *self {
+            Self::Memfd { hugetlb, .. } => hugetlb,
+            _ => None,
+        }
+    }
+}
+
+/// A memory backend as the user asked for it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct BackendConfig {
+    /// Its `id=`, which also names the memfd in `/proc` and the region in messages.
+    pub id: String,
+    /// Bytes of RAM.
+    pub size: u64,
+    /// What it is made of.
+    pub kind: BackendKind,
+}
+
+/// Guest RAM that cannot be had, or not this way.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum MemoryError {
+    /// The size is zero or not made of whole pages.
+    #[error("memory backend {id}: a size of {size} bytes is not a positive multiple of its page size {page}")]
+    Size {
+        /// The backend.
+        id: String,
+        /// Its size in bytes.
+        size: u64,
+        /// The page size in bytes.
+        page: u64,
+    },
+    /// No huge pages of this size exist on x86.
+    #[error("memory backend {id}: huge pages of {page} bytes do not exist; use 2M or 1G")]
+    PageSize {
+        /// The backend.
+        id: String,
+        /// The page size asked for in bytes.
+        page: u64,
+    },
+    /// Huge pages could not be had.
+    #[error(
+        "memory backend {id}: no {count} free huge pages of {page_kib} KiB; reserve them with \
+         `echo {count} > /sys/kernel/mm/hugepages/hugepages-{page_kib}kB/nr_hugepages`"
+    )]
+    HugePages {
+        /// The backend.
+        id: String,
+        /// Pages needed.
+        count: u64,
+        /// KiB of one page.
+        page_kib: u64,
+        /// What the kernel answered.
+        #[source]
+        source: io::Error,
+    },
+    /// The memfd could not be made.
+    #[error("memory backend {id}: cannot create its memfd")]
+    Create {
+        /// The backend.
+        id: String,
+        /// What the kernel answered.
+        #[source]
+        source: io::Error,
+    },
+    /// The file could not be opened or sized.
+    #[error("memory backend {id}: cannot use {}", path.display())]
+    Open {
+        /// The backend.
+        id: String,
+        /// The file.
+        path: PathBuf,
+        /// What the kernel answered.
+        #[source]
+        source: io::Error,
+    },
+    /// The file or descriptor exists with another size.
+    #[error("memory backend {id}: {what} has {found} bytes, the configuration says {expected}")]
+    OtherSize {
+        /// The backend.
+        id: String,
+        /// The file or descriptor.
+        what: String,
+        /// Bytes asked for.
+        expected: u64,
+        /// Bytes that are there.
+        found: u64,
+    },
+    /// A descriptor that was handed over is not what the configuration says.
+    #[error("memory backend {id}: the inherited descriptor {problem}")]
+    Adopt {
+        /// The backend.
+        id: String,
+        /// What is wrong with it.
+        problem: String,
+    },
+    /// A descriptor that was handed over could not be examined.
+    #[error("memory backend {id}: cannot examine the inherited descriptor")]
+    Examine {
+        /// The backend.
+        id: String,
+        /// What the kernel answered.
+        #[source]
+        source: io::Error,
+    },
+    /// The memory could not be mapped.
+    #[error("memory backend {id}: cannot map it")]
+    Map {
+        /// The backend.
+        id: String,
+        /// Why.
+        #[source]
+        source: MmapRegionError,
+    },
+    /// vm-memory refused the layout; this is a defect of this crate.
+    #[error("memory backend {id}: its regions overlap")]
+    Layout {
+        /// The backend.
+        id: String,
+    },
+}
+
+/// A memory backend: a configuration and, unless it is anonymous, the descriptor behind it.
+#[derive(Debug, Clone)]
+pub struct Backend {
+    config: BackendConfig,
+    file: Option<Arc<File>>,
+}
+
+impl Backend {
+    /// Makes the memory. A memfd cannot change its size afterwards, nor be sealed against writing.
+    ///
+    /// # Errors
+    /// See [`MemoryError`]. A file that exists must have the size asked for, or none.
+    pub fn create(config: BackendConfig) -> Result<Self, MemoryError> {
+        let huge_page = config.check()?;
+        let file = match &config.kind {
+            BackendKind::Ram { share: false } => None,
+            BackendKind::Ram { share: true } | BackendKind::Memfd { .. } => {
+                let mut memfd = Memfd::new(config.id.as_str()).len(config.size).seal_size().seal_seals();
+                if let Some(page) = huge_page {
+                    memfd = memfd.hugetlb(page);
+                }
+                let fd = memfd.create().map_err(|source| match huge_page {
+                    Some(page) => config.no_huge_pages(page, source),
+                    None => MemoryError::Create { id: config.id.clone(), source },
+                })?;
+                Some(File::from(fd))
+            }
+            BackendKind::File { path, .. } => Some(open_sized(&config, path)?),
+        };
+        Ok(Self { config, file: file.map(Arc::new) })
+    }
+
+    /// Takes memory that an earlier VMM made.
+    ///
+    /// # Errors
+    /// [`MemoryError::OtherSize`] and [`MemoryError::Adopt`] when the descriptor is not what the configuration
+    /// says, or when the configuration is of a kind whose contents cannot have survived.
+    pub fn adopt(config: BackendConfig, fd: Arc<File>) -> Result<Self, MemoryError> {
+        let huge_page = config.check()?;
+        let backend = Self { config, file: Some(fd) };
+        let config = &backend.config;
+        let refuse = |problem: String| MemoryError::Adopt { id: config.id.clone(), problem };
+        let examine = |source| MemoryError::Examine { id: config.id.clone(), source };
+        if let Some(obstacle) = backend.in_place_obstacle() {
+            return Err(refuse(format!("cannot hold the guest's memory: {obstacle}")));
+        }
+        let fd = backend.file.as_deref().expect("it was just put there");
+        let metadata = fd.metadata().map_err(examine)?;
+        if metadata.len() != config.size {
+            return Err(MemoryError::OtherSize {
+                id: config.id.clone(),
+                what: "the inherited descriptor".to_owned(),
+                expected: config.size,
+                found: metadata.len(),
+            });
+        }
+        if !matches!(config.kind, BackendKind::File { .. }) {
+            if !memfd::is_memfd(fd).map_err(examine)? {
+                return Err(refuse("is not a memfd".to_owned()));
+            }
+            // A memfd that could shrink under a running guest would kill the VMM by SIGBUS.
+            memfd::seal_size(fd).map_err(|e| refuse(format!("cannot be kept from shrinking: {e}")))?;
+            let expected = huge_page.map_or(PAGE_LEN, HugePage::bytes);
+            if metadata.blksize() != expected {
+                let found = metadata.blksize();
+                return Err(refuse(format!("has pages of {found} bytes, not of {expected}")));
+            }
+        }
+        Ok(backend)
+    }
+
+    /// Returns what was asked for.
+    pub fn config(&self) -> &BackendConfig {
+        &self.config
+    }
+
+    /// Returns the descriptor behind the memory; `None` for anonymous memory.
+    pub fn fd(&self) -> Option<&Arc<File>> {
+        self.file.as_ref()
+    }
+
+    /// Tells why this memory would not survive if the VMM were replaced while it stays where it is; `None` if it
+    /// would.
+    pub fn in_place_obstacle(&self) -> Option<String> {
+        let id = &self.config.id;
+        if !self.config.kind.share() {
+            return Some(format!(
+                "Memory region {id} is not compatible with CPR. share=on is required for memory-backend objects"
+            ));
+        }
+        self.file.is_none().then(|| {
+            format!("Memory region {id} is not compatible with CPR. It has no file descriptor to hand over")
+        })
+    }
+}
+
+impl BackendConfig {
+    fn check(&self) -> Result<Option<HugePage>, MemoryError> {
+        let huge_page = match self.kind.hugetlb() {
+            None => None,
+            Some(page) => Some(
+                [HugePage::Size2M, HugePage::Size1G]
+                    .into_iter()
+                    .find(|known| known.bytes() == page)
+                    .ok_or_else(|| MemoryError::PageSize { id: self.id.clone(), page })?,
+            ),
+        };
+        let page = huge_page.map_or(PAGE_LEN, HugePage::bytes);
+        if self.size == 0 || !self.size.is_multiple_of(page) {
+            return Err(MemoryError::Size { id: self.id.clone(), size: self.size, page });
+        }
+        Ok(huge_page)
+    }
+
+    fn no_huge_pages(&self, page: HugePage, source: io::Error) -> MemoryError {
+        MemoryError::HugePages {
+            id: self.id.clone(),
+            count: self.size / page.bytes(),
+            page_kib: page.bytes() / 1024,
+            source,
+        }
+    }
+}
+
+fn open_sized(config: &BackendConfig, path: &Path) -> Result<File, MemoryError> {
+    let fail = |source| MemoryError::Open { id: config.id.clone(), path: path.to_owned(), source };
+    let file =
+        OpenOptions::new().read(true).write(true).create(true).truncate(false).open(path).map_err(fail)?;
+    match file.metadata().map_err(fail)?.len() {
+        0 => file.set_len(config.size).map_err(fail)?,
+        len if len == config.size => {}
+        found => {
+            return Err(MemoryError::OtherSize {
+                id: config.id.clone(),
+                what: path.display().to_string(),
+                expected: config.size,
+                found,
+            });
+        }
+    }
+    Ok(file)
+}
+
+/// One contiguous piece of guest RAM.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct RamRegion {
+    /// Its guest-physical address.
+    pub gpa: u64,
+    /// Its length in bytes.
+    pub len: u64,
+    /// Where in the backend it starts, in bytes.
+    pub file_offset: u64,
+    /// Where this process maps it.
+    pub host_addr: u64,
+}
+
+/// Guest RAM mapped into this process. Clones share the mapping.
+#[derive(Debug, Clone)]
+pub struct GuestRam {
+    memory: GuestMemoryMmap,
+    regions: Arc<[RamRegion]>,
+}
+
+impl GuestRam {
+    /// Maps a backend: up to 3 GiB at address 0, the rest from 4 GiB on. Touches no page of it.
+    ///
+    /// # Errors
+    /// The kernel's answer to `mmap`; [`MemoryError::HugePages`] when the pool has not enough pages.
+    pub fn map(backend: &Backend) -> Result<Self, MemoryError> {
+        let config = &backend.config;
+        let layout_error = || MemoryError::Layout { id: config.id.clone() };
+        let mut regions = Vec::new();
+        let mut mapped = Vec::new();
+        for (gpa, len, file_offset) in layout(config.size) {
+            let mapping = map_region(backend, len, file_offset)?;
+            regions.push(RamRegion { gpa, len, file_offset, host_addr: mapping.as_ptr() as u64 });
+            mapped.push(GuestRegionMmap::new(mapping, GuestAddress(gpa)).ok_or_else(layout_error)?);
+        }
+        let memory = GuestMemoryMmap::from_regions(mapped).map_err(|_| layout_error())?;
+        Ok(Self { memory, regions: regions.into() })
+    }
+
+    /// Returns the pieces in the order of their addresses.
+    pub fn regions(&self) -> Vec<RamRegion> {
+        self.regions.to_vec()
+    }
+
+    /// Returns the memory for checked access by guest-physical address.
+    pub fn memory(&self) -> &GuestMemoryMmap {
+        &self.memory
+    }
+
+    /// Returns the bytes of RAM.
+    pub fn len(&self) -> u64 {
+        self.regions.iter().map(|r| r.len).sum()
+    }
+
+    /// Tells whether there is no RAM at all, which no backend allows.
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+}
+
+/// Splits `size` bytes of RAM around the hole: (guest-physical address, length, offset in the backend).
+fn layout(size: u64) -> impl Iterator<Item = (u64, u64, u64)> {
+    let low = size.min(LOW_RAM_END);
+    [(0, low, 0), (HIGH_RAM_START, size - low, low)].into_iter().filter(|&(_, len, _)| len > 0)
+}
+
+fn map_region(backend: &Backend, len: u64, file_offset: u64) -> Result<vm_memory::MmapRegion, MemoryError> {
+    let config = &backend.config;
+    let sharing = if config.kind.share() { libc::MAP_SHARED } else { libc::MAP_PRIVATE };
+    // The huge page pool is accounted at mmap, so that a lack of pages is an error here and not SIGBUS later.
+    let reserving = if config.kind.hugetlb().is_some() { 0 } else { libc::MAP_NORESERVE };
+    let mut builder =
+        MmapRegionBuilder::new(len as usize).with_mmap_prot(libc::PROT_READ | libc::PROT_WRITE);
+    builder = match &backend.file {
+        Some(file) => builder
+            .with_mmap_flags(sharing | reserving)
+            .with_file_offset(FileOffset::from_arc(Arc::clone(file), file_offset))
+            .with_hugetlbfs(config.kind.hugetlb().is_some()),
+        None => builder.with_mmap_flags(libc::MAP_ANONYMOUS | sharing | reserving),
+    };
+    builder.build().map_err(|source| match (source, config.check()) {
+        (MmapRegionError::Mmap(source), Ok(Some(page))) if source.raw_os_error() == Some(libc::ENOMEM) => {
+            config.no_huge_pages(page, source)
+        }
+        (source, _) => MemoryError::Map { id: config.id.clone(), source },
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use vm_memory::{Bytes, GuestMemoryBackend, GuestMemoryRegion};
+
+    const MIB: u64 = 1 << 20;
+
+    fn config(size: u64, kind: BackendKind) -> BackendConfig {
+        BackendConfig { id: "ram0".to_owned(), size, kind }
+    }
+
+    fn memfd_kind() -> BackendKind {
+        BackendKind::Memfd { share: true, hugetlb: None }
+    }
+
+    #[test]
+    fn ram_is_split_around_the_hole() {
+        let low_only: Vec<_> = layout(256 * MIB).collect();
+        assert_eq!(low_only, [(0, 256 * MIB, 0)]);
+        let exactly: Vec<_> = layout(LOW_RAM_END).collect();
+        assert_eq!(exactly, [(0, LOW_RAM_END, 0)]);
+        let both: Vec<_> = layout(8192 * MIB).collect();
+        assert_eq!(both, [(0, LOW_RAM_END, 0), (HIGH_RAM_START, 5120 * MIB, LOW_RAM_END)]);
+    }
+
+    #[test]
+    fn shared_memory_survives_its_mapping() {
+        let backend = Backend::create(config(16 * MIB, memfd_kind())).unwrap();
+        let first = GuestRam::map(&backend).unwrap();
+        first.memory().write_obj(0x1234_5678_u32, GuestAddress(0x2000)).unwrap();
+        drop(first);
+        let adopted =
+            Backend::adopt(backend.config().clone(), Arc::clone(backend.fd().unwrap())).unwrap();
+        let second = GuestRam::map(&adopted).unwrap();
+        assert_eq!(second.memory().read_obj::<u32>(GuestAddress(0x2000)).unwrap(), 0x1234_5678);
+    }
+
+    #[test]
+    fn private_memory_does_not_reach_the_memfd() {
+        let backend =
+            Backend::create(config(MIB, BackendKind::Memfd { share: false, hugetlb: None })).unwrap();
+        let ram = GuestRam::map(&backend).unwrap();
+        ram.memory().write_obj(7u8, GuestAddress(0)).unwrap();
+        let again = GuestRam::map(&backend).unwrap();
+        assert_eq!(again.memory().read_obj::<u8>(GuestAddress(0)).unwrap(), 0);
+    }
+
+    #[test]
+    fn mapping_allocates_no_page() {
+        let backend = Backend::create(config(8192 * MIB, memfd_kind())).unwrap();
+        let ram = GuestRam::map(&backend).unwrap();
+        assert_eq!(ram.len(), 8192 * MIB);
+        assert_eq!(ram.memory().num_regions(), 2);
+        assert_eq!(backend.fd().unwrap().metadata().unwrap().blocks(), 0);
+    }
+
+    #[test]
+    fn regions_tell_where_they_are() {
+        let backend = Backend::create(config(4096 * MIB, memfd_kind())).unwrap();
+        let ram = GuestRam::map(&backend).unwrap();
+        let regions = ram.regions();
+        assert_eq!(regions[1].gpa, HIGH_RAM_START);
+        assert_eq!(regions[1].file_offset, LOW_RAM_END);
+        for (region, mapped) in regions.iter().zip(ram.memory().iter()) {
+            assert_eq!(region.len, mapped.len());
+            assert_eq!(region.host_addr, mapped.as_ptr() as u64);
+        }
+    }
+
+    #[test]
+    fn obstacles_follow_sharing_and_descriptor() {
+        let private = [
+            BackendKind::Ram { share: false },
+            BackendKind::Memfd { share: false, hugetlb: None },
+        ];
+        for kind in private {
+            let obstacle = Backend::create(config(MIB, kind)).unwrap().in_place_obstacle().unwrap();
+            assert_eq!(
+                obstacle,
+                "Memory region ram0 is not compatible with CPR. share=on is required for memory-backend objects"
+            );
+        }
+        for kind in [BackendKind::Ram { share: true }, memfd_kind()] {
+            let backend = Backend::create(config(MIB, kind)).unwrap();
+            assert_eq!(backend.in_place_obstacle(), None);
+            assert!(backend.fd().is_some());
+        }
+        assert!(
+            Backend::create(config(MIB, BackendKind::Ram { share: false })).unwrap().fd().is_none()
+        );
+    }
+
+    #[test]
+    fn adoption_refuses_what_does_not_fit() {
+        let fd = |size| {
+            Arc::clone(Backend::create(config(size, memfd_kind())).unwrap().fd().unwrap())
+        };
+        let message = |result: Result<Backend, MemoryError>| result.unwrap_err().to_string();
+        assert_eq!(
+            message(Backend::adopt(config(2 * MIB, memfd_kind()), fd(MIB))),
+            "memory backend ram0: the inherited descriptor has 1048576 bytes, the configuration says 2097152"
+        );
+        let private = BackendKind::Memfd { share: false, hugetlb: None };
+        assert!(message(Backend::adopt(config(MIB, private), fd(MIB))).contains("share=on is required"));
+        let huge = BackendKind::Memfd { share: true, hugetlb: Some(2 * MIB) };
+        assert!(message(Backend::adopt(config(2 * MIB, huge), fd(2 * MIB))).contains("pages of 4096 bytes"));
+        let file = tempfile::tempfile().unwrap();
+        file.set_len(MIB).unwrap();
+        assert!(
+            message(Backend::adopt(config(MIB, memfd_kind()), Arc::new(file))).contains("not a memfd")
+        );
+    }
+
+    #[test]
+    fn files_are_created_reused_and_refused_by_size() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("ram");
+        let kind = BackendKind::File { path: path.clone(), share: true };
+        let backend = Backend::create(config(MIB, kind.clone())).unwrap();
+        assert_eq!(backend.in_place_obstacle(), None);
+        GuestRam::map(&backend).unwrap().memory().write_obj(9u8, GuestAddress(5)).unwrap();
+        let again = GuestRam::map(&Backend::create(config(MIB, kind.clone())).unwrap()).unwrap();
+        assert_eq!(again.memory().read_obj::<u8>(GuestAddress(5)).unwrap(), 9);
+        for other in [MIB / 2, 2 * MIB] {
+            let error = Backend::create(config(other, kind.clone())).unwrap_err().to_string();
+            assert!(error.contains("has 1048576 bytes"), "{error}");
+        }
+    }
+
+    #[test]
+    fn impossible_sizes_are_named() {
+        let huge = |page| BackendKind::Memfd { share: true, hugetlb: Some(page) };
+        assert!(matches!(Backend::create(config(0, memfd_kind())), Err(MemoryError::Size { .. })));
+        assert!(matches!(Backend::create(config(4097, memfd_kind())), Err(MemoryError::Size { .. })));
+        assert!(matches!(Backend::create(config(MIB, huge(2 * MIB))), Err(MemoryError::Size { .. })));
+        assert!(matches!(Backend::create(config(MIB, huge(65536))), Err(MemoryError::PageSize { .. })));
+    }
+
+    #[test]
+    fn missing_huge_pages_tell_how_to_reserve_them() {
+        // More 1 GiB pages than any test machine has. Where the kernel has no hugetlb at all, create fails the
+        // same way.
+        let kind = BackendKind::Memfd { share: true, hugetlb: Some(1 << 30) };
+        let error = Backend::create(config(1 << 44, kind))
+            .and_then(|backend| GuestRam::map(&backend))
+            .unwrap_err()
+            .to_string();
+        assert!(error.contains("echo 16384 > /sys/kernel/mm/hugepages/hugepages-1048576kB/"), "{error}");
+    }
+}

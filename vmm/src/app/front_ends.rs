@@ -1,0 +1,248 @@
+//! Front ends: which bytes of which chardev go to which monitor or serial port, and back.
+
+use std::collections::VecDeque;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use serde_json::Value;
+
+use super::App;
+use crate::chardev::Input;
+use crate::monitor::mux::{self, Mux};
+use crate::monitor::{QmpError, hmp, qmp};
+
+/// How much is read at once.
+const READ_LIMIT: usize = 16 << 10;
+
+/// Everything behind one chardev.
+#[derive(Debug, Default)]
+pub struct FrontEnd {
+    /// Who uses it; more than one only with a multiplexer.
+    pub users: Vec<User>,
+    /// Switches between them.
+    pub mux: Option<Mux>,
+}
+
+/// One user of a chardev.
+#[derive(Debug)]
+pub enum User {
+    /// COM1; holds input that its FIFO has no room for.
+    Serial(VecDeque<u8>),
+    /// A monitor for people. `None` while nobody is connected.
+    Hmp(Option<Box<hmp::Session>>),
+    /// A monitor for programs. `None` while nobody is connected.
+    Qmp(Option<Box<qmp::Session>>),
+}
+
+/// A QMP event on its way to the monitors.
+pub(super) struct PendingEvent {
+    name: &'static str,
+    data: Option<Value>,
+    at: Duration,
+}
+
+impl FrontEnd {
+    /// Whether the user in focus takes input now.
+    fn wants_input(&self) -> bool {
+        // A multiplexer must always see its escape character; what its users cannot take they keep.
+        if self.mux.is_some() {
+            return true;
+        }
+        self.users.iter().all(User::wants_input) && !self.users.is_empty()
+    }
+
+    /// Starts sessions for a peer that has just connected.
+    pub fn connect(&mut self, id: &str) {
+        let muxed = self.mux.is_some();
+        for user in &mut self.users {
+            match user {
+                User::Hmp(session) if session.is_none() => {
+                    let new = if muxed { hmp::Session::new_muxed(id) } else { hmp::Session::new(id) };
+                    *session = Some(Box::new(new));
+                }
+                User::Qmp(session) if session.is_none() => *session = Some(Box::new(qmp::Session::new(id))),
+                User::Hmp(_) | User::Qmp(_) | User::Serial(_) => {}
+            }
+        }
+    }
+
+    fn disconnect(&mut self) {
+        for user in &mut self.users {
+            match user {
+                User::Hmp(session) => *session = None,
+                User::Qmp(session) => *session = None,
+                User::Serial(_) => {}
+            }
+        }
+    }
+}
+
+impl User {
+    fn wants_input(&self) -> bool {
+        match self {
+            User::Serial(waiting) => waiting.is_empty(),
+            User::Hmp(session) => session.as_ref().is_some_and(|s| s.wants_input()),
+            User::Qmp(session) => session.as_ref().is_some_and(|s| s.wants_input()),
+        }
+    }
+
+    fn feed(&mut self, bytes: Vec<u8>, fds: Vec<std::os::fd::OwnedFd>) {
+        match self {
+            User::Serial(waiting) => waiting.extend(bytes),
+            User::Hmp(Some(session)) => session.feed(&bytes, fds),
+            User::Qmp(Some(session)) => session.feed(&bytes, fds),
+            User::Hmp(None) | User::Qmp(None) => {}
+        }
+    }
+}
+
+impl App {
+    pub(super) fn wants_input(&self, at: usize) -> bool {
+        self.parts.front_ends[at].wants_input()
+    }
+
+    pub(super) fn serial_is_full(&self) -> bool {
+        self.parts
+            .front_ends
+            .iter()
+            .flat_map(|f| &f.users)
+            .any(|user| matches!(user, User::Serial(waiting) if !waiting.is_empty()))
+    }
+
+    pub(super) fn accept(&mut self, at: usize) -> anyhow::Result<()> {
+        let chardev = &mut self.parts.chardevs[at];
+        if chardev.accept(&self.parts.services.registry)? {
+            self.parts.front_ends[at].connect(chardev.id());
+        }
+        Ok(())
+    }
+
+    pub(super) fn read_input(&mut self, at: usize) {
+        if !self.wants_input(at) {
+            return;
+        }
+        match self.parts.chardevs[at].read(READ_LIMIT) {
+            Input::Nothing => {}
+            Input::Closed => self.parts.front_ends[at].disconnect(),
+            Input::Data(bytes, fds) => self.feed(at, bytes, fds),
+        }
+    }
+
+    fn feed(&mut self, at: usize, bytes: Vec<u8>, fds: Vec<std::os::fd::OwnedFd>) {
+        let front_end = &mut self.parts.front_ends[at];
+        let Some(mux) = &mut front_end.mux else {
+            if let Some(user) = front_end.users.first_mut() {
+                user.feed(bytes, fds);
+            }
+            return;
+        };
+        let output = self.parts.chardevs[at].output();
+        for event in mux.feed(&bytes) {
+            match event {
+                mux::Event::Input { front_end: user, bytes } => front_end.users[user].feed(bytes, Vec::new()),
+                mux::Event::Switched { from, to } => {
+                    if let User::Hmp(Some(session)) = &mut front_end.users[from] {
+                        session.deactivate();
+                    }
+                    if let User::Hmp(Some(session)) = &mut front_end.users[to] {
+                        session.activate();
+                    }
+                }
+                mux::Event::Help => output.write(mux::HELP.as_bytes()),
+                mux::Event::Terminate => {
+                    output.write(mux::TERMINATED.as_bytes());
+                    self.exit.get_or_insert(super::Exit::Quit);
+                }
+                // The emulated UART reports no break.
+                mux::Event::Break { .. } => {}
+            }
+        }
+    }
+
+    /// Lets every session handle its input, and passes on what they print.
+    pub(super) fn process_front_ends(&mut self) {
+        for at in 0..self.parts.front_ends.len() {
+            for user in 0..self.parts.front_ends[at].users.len() {
+                self.process_user(at, user);
+            }
+        }
+        self.deliver_events();
+    }
+
+    fn process_user(&mut self, at: usize, user: usize) {
+        let slot = &mut self.parts.front_ends[at].users[user];
+        match slot {
+            User::Serial(waiting) => {
+                if !waiting.is_empty() {
+                    let serial = self.parts.machine.serial();
+                    let accepted = serial.enqueue(waiting.make_contiguous());
+                    waiting.drain(..accepted);
+                }
+            }
+            // Taken out meanwhile: commands act on the whole program.
+            User::Hmp(session) => {
+                let Some(mut session) = session.take() else { return };
+                session.process(self);
+                let written = session.output().len();
+                self.parts.chardevs[at].output().write(session.output());
+                session.consume_output(written);
+                self.parts.front_ends[at].users[user] = User::Hmp(Some(session));
+            }
+            User::Qmp(session) => {
+                let Some(mut session) = session.take() else { return };
+                session.process(self);
+                self.parts.front_ends[at].users[user] = User::Qmp(Some(session));
+                self.send_qmp(at, user);
+            }
+        }
+    }
+
+    fn send_qmp(&mut self, at: usize, user: usize) {
+        if let User::Qmp(Some(session)) = &mut self.parts.front_ends[at].users[user] {
+            let written = session.output().len();
+            self.parts.chardevs[at].output().write(session.output());
+            session.consume_output(written);
+        }
+    }
+
+    /// Queues a QMP event for every negotiated monitor.
+    pub(super) fn emit(&mut self, name: &'static str, data: Option<Value>) {
+        let at = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+        self.pending_events.push(PendingEvent { name, data, at });
+    }
+
+    pub(super) fn deliver_events(&mut self) {
+        let events = std::mem::take(&mut self.pending_events);
+        if events.is_empty() {
+            return;
+        }
+        for at in 0..self.parts.front_ends.len() {
+            for user in 0..self.parts.front_ends[at].users.len() {
+                if let User::Qmp(Some(session)) = &mut self.parts.front_ends[at].users[user] {
+                    for event in &events {
+                        session.event(event.name, event.data.as_ref(), event.at);
+                    }
+                }
+                self.send_qmp(at, user);
+            }
+        }
+    }
+
+    /// Ends the wait of a monitor whose command was the update that is over now.
+    pub(super) fn resume_suspended(&mut self) {
+        if !std::mem::take(&mut self.suspended) {
+            return;
+        }
+        let result = || match &self.progress.error {
+            Some(error) => Err(QmpError::generic(error.clone())),
+            None => Ok(Value::Object(serde_json::Map::new())),
+        };
+        for user in self.parts.front_ends.iter_mut().flat_map(|f| &mut f.users) {
+            match user {
+                User::Hmp(Some(session)) => session.resume(result()),
+                User::Qmp(Some(session)) => session.resume(result()),
+                User::Hmp(None) | User::Qmp(None) | User::Serial(_) => {}
+            }
+        }
+        self.process_front_ends();
+    }
+}

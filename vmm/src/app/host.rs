@@ -1,0 +1,331 @@
+//! What an update does to this program, in the source and in the target.
+
+use std::collections::BTreeMap;
+use std::os::fd::{OwnedFd, RawFd};
+use std::sync::Arc;
+use std::time::Instant;
+
+use anyhow::{Context, anyhow, bail};
+use cpr_core::error::BoxError;
+use cpr_core::frame::Frame;
+use cpr_core::{
+    Backing, FdKind, FdPolicy, FdRegistry, GuestActivity, Host, MemoryRegion, StateWriter, TerminalAction,
+};
+use serde::{Deserialize, Serialize};
+use vmm_core::state::MachineState;
+
+use super::commands::named_fd;
+use super::{App, Exit, FrontEnd, RunState, User};
+use crate::chardev::ChardevState;
+use crate::cli::config::{Config, MachineType};
+use crate::migration::{Settings, Status, main_channel};
+use crate::monitor::mux::Mux;
+use crate::monitor::{Channel, QmpError, Reply, hmp, qmp};
+
+/// Early section: chardevs, monitors, migration settings.
+const MONITORS: &str = "cpr-vmm/monitors";
+/// Main section: what the machine is made of.
+const MACHINE: &str = "cpr-vmm/machine";
+const VM: &str = "kvm/vm";
+const VCPU: &str = "kvm/vcpu";
+const SERIAL: &str = "serial";
+const PLATFORM: &str = "platform";
+
+/// Version 1 of [`MONITORS`].
+#[derive(Debug, Serialize, Deserialize)]
+pub struct EarlyState {
+    /// Chardevs, each with its users.
+    pub chardevs: Vec<(ChardevState, FrontEndState)>,
+    /// Parameters and capabilities.
+    pub settings: Settings,
+    /// Names given by `getfd`.
+    pub named_fds: Vec<String>,
+}
+
+/// The users of one chardev.
+#[derive(Debug, Serialize, Deserialize)]
+pub struct FrontEndState {
+    mux: Option<Mux>,
+    users: Vec<UserState>,
+}
+
+#[derive(Debug, Serialize, Deserialize)]
+enum UserState {
+    Serial(Vec<u8>),
+    Hmp(Option<hmp::SessionState>, u64),
+    Qmp(Option<qmp::SessionState>, u64),
+}
+
+/// Version 1 of [`MACHINE`]: must be equal on both sides.
+#[derive(Debug, PartialEq, Eq, Serialize, Deserialize)]
+struct MachineSection {
+    machine_type: String,
+    ram_bytes: u64,
+    vcpus: u32,
+}
+
+impl MachineSection {
+    fn of(config: &Config) -> MachineSection {
+        let machine_type = match config.machine.machine_type {
+            MachineType::Microvm => "microvm",
+        };
+        MachineSection {
+            machine_type: machine_type.into(),
+            ram_bytes: config.memory.size_bytes,
+            vcpus: config.cpus.into(),
+        }
+    }
+
+    fn check(&self, other: &MachineSection) -> anyhow::Result<()> {
+        if self.machine_type != other.machine_type {
+            bail!("the guest's machine type is '{}', this program has '{}'", other.machine_type, self.machine_type);
+        }
+        if self.ram_bytes != other.ram_bytes {
+            bail!("the guest has {} bytes of RAM, the command line says {}", other.ram_bytes, self.ram_bytes);
+        }
+        if self.vcpus != other.vcpus {
+            bail!("the guest has {} vCPUs, the command line says {}", other.vcpus, self.vcpus);
+        }
+        Ok(())
+    }
+}
+
+/// Takes this program's early section.
+///
+/// # Errors
+/// It is missing or damaged.
+pub fn take_early_state(early: &mut Frame) -> anyhow::Result<EarlyState> {
+    Ok(early.require(MONITORS, 0)?.decode(1)?)
+}
+
+/// Registry name of descriptors that came to a monitor and that no command claimed yet.
+fn received_fd(chardev: &str) -> String {
+    format!("received/{chardev}")
+}
+
+impl FrontEnd {
+    /// Goes on with the sessions that `state` has for the same kind of user, and starts the others afresh.
+    pub fn restore(&mut self, chardev: &str, state: FrontEndState, registry: &FdRegistry) {
+        let received = |count: u64, offset: u64| -> Vec<OwnedFd> {
+            (0..count)
+                .filter_map(|at| registry.find::<OwnedFd>(&received_fd(chardev), offset + at))
+                .filter_map(Arc::into_inner)
+                .collect()
+        };
+        let mut offset = 0;
+        for (user, state) in self.users.iter_mut().zip(state.users) {
+            match (user, state) {
+                (User::Serial(waiting), UserState::Serial(bytes)) => *waiting = bytes.into(),
+                (User::Hmp(session), UserState::Hmp(saved, fds)) => {
+                    *session = saved.map(|saved| {
+                        let mut session = hmp::Session::restore(saved, received(fds, offset));
+                        // The update it waited for is what brought it here.
+                        session.resume(Ok(serde_json::Value::Null));
+                        Box::new(session)
+                    });
+                    offset += fds;
+                }
+                (User::Qmp(session), UserState::Qmp(saved, fds)) => {
+                    *session = saved.map(|saved| Box::new(qmp::Session::restore(saved, received(fds, offset))));
+                    offset += fds;
+                }
+                _ => {}
+            }
+        }
+        if let (Some(mux), Some(saved)) = (&mut self.mux, state.mux) {
+            *mux = Mux::restore(saved, u8::try_from(self.users.len()).unwrap_or(u8::MAX));
+        }
+    }
+}
+
+/// Keeps the descriptors of a session in the registry until the update is over; says how many.
+fn save_received<'a>(
+    fds: impl Iterator<Item = std::os::fd::BorrowedFd<'a>>,
+    chardev: &str,
+    offset: &mut u64,
+    registry: &FdRegistry,
+    kept: &mut Vec<Arc<OwnedFd>>,
+) -> anyhow::Result<u64> {
+    let mut count = 0;
+    for fd in fds {
+        let fd = Arc::new(fd.try_clone_to_owned()?);
+        registry.save(&received_fd(chardev), *offset, FdKind::Other, FdPolicy::MayBeRebuilt, &fd)?;
+        kept.push(fd);
+        *offset += 1;
+        count += 1;
+    }
+    Ok(count)
+}
+
+impl App {
+    fn save_early(&mut self) -> anyhow::Result<EarlyState> {
+        let registry = &self.parts.services.registry;
+        let mut kept = Vec::new();
+        let mut chardevs = Vec::new();
+        for (chardev, front_end) in self.parts.chardevs.iter().zip(&self.parts.front_ends) {
+            let mut offset = 0;
+            let mut users = Vec::new();
+            for user in &front_end.users {
+                users.push(match user {
+                    User::Serial(waiting) => UserState::Serial(waiting.iter().copied().collect()),
+                    User::Hmp(session) => {
+                        let fds = session.iter().flat_map(|s| s.received_fds());
+                        let fds = save_received(fds, chardev.id(), &mut offset, registry, &mut kept)?;
+                        UserState::Hmp(session.as_ref().map(|s| s.save()), fds)
+                    }
+                    User::Qmp(session) => {
+                        let fds = session.iter().flat_map(|s| s.received_fds());
+                        let fds = save_received(fds, chardev.id(), &mut offset, registry, &mut kept)?;
+                        UserState::Qmp(session.as_ref().map(|s| s.save()), fds)
+                    }
+                });
+            }
+            chardevs.push((chardev.save(), FrontEndState { mux: front_end.mux.clone(), users }));
+        }
+        self.saved_fds = kept;
+        Ok(EarlyState {
+            chardevs,
+            settings: self.parts.settings.clone(),
+            named_fds: self.parts.named_fds.keys().cloned().collect(),
+        })
+    }
+
+    fn save_sections(&mut self, state: &mut StateWriter) -> anyhow::Result<()> {
+        // Sessions have passed their output on to the chardevs by now, so that events told up to here are saved once.
+        self.deliver_events();
+        let machine = self.parts.machine.save()?;
+        state.main.put_value(MACHINE, 0, 1, &MachineSection::of(&self.parts.config))?;
+        state.main.put_value(VM, 0, 1, &machine.vm)?;
+        for (instance, vcpu) in machine.vcpus.iter().enumerate() {
+            state.main.put_value(VCPU, u32::try_from(instance)?, 1, vcpu)?;
+        }
+        state.main.put_value(SERIAL, 0, 1, &machine.serial)?;
+        state.main.put_value(PLATFORM, 0, 1, &machine.platform)?;
+        let early = self.save_early()?;
+        state.early.put_value(MONITORS, 0, 1, &early)?;
+        Ok(())
+    }
+
+    fn load_sections(&mut self, main: &mut Frame) -> anyhow::Result<()> {
+        let machine: MachineSection = main.require(MACHINE, 0)?.decode(1)?;
+        MachineSection::of(&self.parts.config).check(&machine)?;
+        let mut vcpus = Vec::new();
+        for instance in 0..machine.vcpus {
+            vcpus.push(main.require(VCPU, instance)?.decode(1)?);
+        }
+        let state = MachineState {
+            vm: main.require(VM, 0)?.decode(1)?,
+            vcpus,
+            serial: main.require(SERIAL, 0)?.decode(1)?,
+            platform: main.require(PLATFORM, 0)?.decode(1)?,
+        };
+        self.parts.machine.restore(&state).context("the machine refuses the state")
+    }
+
+    /// Loads the update that this program was started for, from `channel` or from where the source wrote it, and
+    /// runs the guest.
+    ///
+    /// # Errors
+    /// The guest cannot be taken over. It is stopped, and its state is untouched.
+    pub fn take_over(&mut self, channel: Option<Channel>) -> anyhow::Result<()> {
+        let mut arriving = self.parts.arriving.take().ok_or_else(|| anyhow!("no update is coming in"))?;
+        let channel = channel.map_or_else(|| arriving.main.clone(), main_channel);
+        let mut source = arriving.exec.source.open(channel);
+        let result = arriving.incoming.load(self, &mut *source);
+        let result = result.and_then(|()| {
+            let vcpus = self.parts.config.cpus.into();
+            self.progress.control = Some(arriving.incoming.control().clone());
+            if arriving.incoming.activity() == GuestActivity::Running {
+                self.parts.observer.arm_for_entries(arriving.incoming.control().clone(), vcpus);
+            }
+            arriving.incoming.commit(self)
+        });
+        if let Err(error) = result {
+            arriving.incoming.abandon();
+            return Err(error.into());
+        }
+        if let Some(keeper) = arriving.exec.keeper.take() {
+            if let Err(error) = keeper.release() {
+                tracing::warn!(%error, "the keeper could not be released");
+            }
+            self.keeper = Some((keeper, Some(arriving.incoming)));
+        } else {
+            arriving.incoming.released();
+        }
+        self.progress.status = Status::Completed;
+        self.progress.mode = Some(cpr_exec::MODE.to_string());
+        self.emit_migration_event();
+        Ok(())
+    }
+
+    pub(super) fn migrate_incoming(&mut self, channel: Channel) -> Result<Reply, QmpError> {
+        if self.parts.arriving.is_none() {
+            return Err(QmpError::generic(
+                "'-incoming' was not specified on the command line, or the state is loaded already",
+            ));
+        }
+        if let Err(error) = self.take_over(Some(channel)) {
+            // The guest's only runner would be this process, and it cannot run it.
+            eprintln!("cpr-vmm: {error:#}");
+            self.exit.get_or_insert(Exit::Fatal);
+            return Err(QmpError::generic(format!("{error:#}")));
+        }
+        Ok(Reply::empty())
+    }
+}
+
+impl Host for App {
+    fn memory(&self) -> Vec<MemoryRegion> {
+        let config = self.parts.memory.config();
+        let backing = match self.parts.memory.in_place_obstacle() {
+            None => Backing::Shared { name: config.id.clone(), id: 0 },
+            Some(_) => Backing::Private,
+        };
+        vec![MemoryRegion { name: config.id.clone(), len: config.size, backing }]
+    }
+
+    fn stop(&mut self, deadline: Instant) -> Result<GuestActivity, BoxError> {
+        self.progress.status = Status::Active;
+        self.emit_migration_event();
+        self.state_before_update = self.parts.run_state;
+        let ran = self.pause_guest(RunState::FinishMigrate, deadline.saturating_duration_since(Instant::now()))?;
+        Ok(if ran { GuestActivity::Running } else { GuestActivity::Paused })
+    }
+
+    fn resume(&mut self, activity: GuestActivity) -> Result<(), BoxError> {
+        self.saved_fds.clear();
+        match activity {
+            GuestActivity::Running => Ok(self.run_guest()?),
+            GuestActivity::Paused => {
+                self.set_run_state(self.state_before_update);
+                Ok(())
+            }
+        }
+    }
+
+    fn save(&mut self, state: &mut StateWriter) -> Result<(), BoxError> {
+        self.progress.status = Status::Device;
+        self.emit_migration_event();
+        Ok(self.save_sections(state)?)
+    }
+
+    fn load(&mut self, main: &mut Frame) -> Result<(), BoxError> {
+        Ok(self.load_sections(main)?)
+    }
+
+    fn request_terminal(&mut self, action: TerminalAction) {
+        self.terminal = Some(action);
+    }
+
+    fn slow_to_close(&self) -> Vec<RawFd> {
+        self.parts.machine.kvm_fds().unwrap_or_else(|error| {
+            tracing::warn!(%error, "the old VM will be taken down in the blackout");
+            Vec::new()
+        })
+    }
+}
+
+/// The descriptors that `getfd` named in the source.
+pub fn find_named_fds(names: &[String], registry: &FdRegistry) -> BTreeMap<String, Arc<OwnedFd>> {
+    names.iter().filter_map(|name| Some((name.clone(), registry.find(&named_fd(name), 0)?))).collect()
+}

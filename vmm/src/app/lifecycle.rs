@@ -1,0 +1,170 @@
+//! Run states, and what moves the machine between them: monitors, the guest, signals.
+
+use std::time::Duration;
+
+use serde_json::json;
+use vmm_core::vcpu::VcpuEvent;
+
+use super::App;
+use crate::startup;
+
+/// QEMU's `RunState`, as far as this program knows it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum RunState {
+    /// Started with -S.
+    Prelaunch,
+    /// The guest runs.
+    Running,
+    /// Stopped by a user.
+    Paused,
+    /// Waits for an incoming update.
+    InMigrate,
+    /// Stopped by an update that is under way.
+    FinishMigrate,
+    /// A vCPU cannot go on.
+    InternalError,
+}
+
+impl RunState {
+    /// As QMP spells it.
+    pub fn name(self) -> &'static str {
+        match self {
+            RunState::Prelaunch => "prelaunch",
+            RunState::Running => "running",
+            RunState::Paused => "paused",
+            RunState::InMigrate => "inmigrate",
+            RunState::FinishMigrate => "finish-migrate",
+            RunState::InternalError => "internal-error",
+        }
+    }
+
+    /// Whether the guest's state is whole and ours.
+    pub fn can_migrate(self) -> bool {
+        matches!(self, RunState::Prelaunch | RunState::Running | RunState::Paused)
+    }
+}
+
+/// Why the program ends.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Exit {
+    /// `quit`, or Ctrl-a x.
+    Quit,
+    /// SIGTERM, SIGINT or SIGHUP.
+    Signal(i32),
+    /// The guest powered off.
+    GuestPowerOff,
+    /// The guest reset, and -no-reboot makes that the end.
+    GuestReset,
+    /// The guest of an incoming update could not be taken over.
+    Fatal,
+}
+
+impl Exit {
+    fn cause(self) -> (bool, &'static str) {
+        match self {
+            Exit::Quit => (false, "host-qmp-quit"),
+            Exit::Signal(_) => (false, "host-signal"),
+            Exit::GuestPowerOff => (true, "guest-shutdown"),
+            Exit::GuestReset => (true, "guest-reset"),
+            Exit::Fatal => (false, "host-error"),
+        }
+    }
+}
+
+const PAUSE_TIMEOUT: Duration = Duration::from_secs(5);
+
+impl App {
+    pub(super) fn set_run_state(&mut self, state: RunState) {
+        tracing::debug!(from = self.parts.run_state.name(), to = state.name(), "run state");
+        self.parts.run_state = state;
+    }
+
+    /// Stops the guest; `state` is what it is then. Says whether it ran.
+    pub(super) fn pause_guest(&mut self, state: RunState, timeout: Duration) -> anyhow::Result<bool> {
+        let ran = self.parts.run_state == RunState::Running;
+        if ran {
+            self.parts.machine.pause(timeout)?;
+            self.emit("STOP", None);
+        }
+        self.set_run_state(state);
+        Ok(ran)
+    }
+
+    /// Runs the guest.
+    pub(super) fn run_guest(&mut self) -> anyhow::Result<()> {
+        self.parts.machine.run()?;
+        self.set_run_state(RunState::Running);
+        self.emit("RESUME", None);
+        Ok(())
+    }
+
+    pub(super) fn emit_shutdown(&mut self, exit: &Exit) {
+        let (guest, reason) = exit.cause();
+        self.emit("SHUTDOWN", Some(json!({ "guest": guest, "reason": reason })));
+    }
+
+    pub(super) fn handle_signals(&mut self) -> anyhow::Result<()> {
+        while let Some(signal) = self.parts.signals.read()? {
+            self.exit.get_or_insert(Exit::Signal(signal.signo));
+        }
+        Ok(())
+    }
+
+    pub(super) fn handle_vcpu_events(&mut self) {
+        while let Some(event) = self.parts.machine.events().try_recv() {
+            match event {
+                VcpuEvent::PowerOff => {
+                    self.exit.get_or_insert(Exit::GuestPowerOff);
+                }
+                VcpuEvent::Reset { .. } | VcpuEvent::TripleFault { .. } => self.guest_reset(&event),
+                VcpuEvent::Failed { vcpu, message } => self.vcpu_failed(vcpu, &message),
+                VcpuEvent::System { vcpu, kind } => {
+                    self.vcpu_failed(vcpu, &format!("KVM system event {kind}, which is not known"));
+                }
+                other => tracing::warn!(?other, "ignored"),
+            }
+        }
+    }
+
+    fn guest_reset(&mut self, event: &VcpuEvent) {
+        tracing::info!(?event, "the guest asked for a reset");
+        if self.parts.config.no_reboot {
+            self.exit.get_or_insert(Exit::GuestReset);
+        } else if let Err(error) = self.reset_machine(true) {
+            self.vcpu_failed(0, &format!("{error:#}"));
+        }
+    }
+
+    fn vcpu_failed(&mut self, vcpu: usize, message: &str) {
+        eprintln!("cpr-vmm: vCPU {vcpu}: {message}");
+        if let Err(error) = self.pause_guest(RunState::InternalError, PAUSE_TIMEOUT) {
+            tracing::error!(%error, "the other vCPUs did not stop");
+        }
+    }
+
+    /// Resets machine and memory and boots again; a guest that was stopped stays so.
+    pub(super) fn reset_machine(&mut self, by_guest: bool) -> anyhow::Result<()> {
+        let ran = self.parts.run_state == RunState::Running;
+        let failed = self.parts.run_state == RunState::InternalError;
+        if ran {
+            self.parts.machine.pause(PAUSE_TIMEOUT)?;
+        }
+        let entry = startup::load_kernel(&self.parts.config, &self.parts.ram)?;
+        self.parts.machine.reset(&|regs, sregs| entry.apply(regs, sregs))?;
+        let reason = if by_guest { "guest-reset" } else { "host-qmp-system-reset" };
+        self.emit("RESET", Some(json!({ "guest": by_guest, "reason": reason })));
+        if ran {
+            self.parts.machine.run()?;
+        } else if failed {
+            self.set_run_state(RunState::Paused);
+        }
+        Ok(())
+    }
+
+    pub(super) fn stop_command(&mut self) -> anyhow::Result<()> {
+        if self.parts.run_state == RunState::Running {
+            self.pause_guest(RunState::Paused, PAUSE_TIMEOUT)?;
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,189 @@
+//! What the command line asks for, as plain data with every reference resolved and every default filled in.
+
+use std::path::PathBuf;
+
+use uuid::Uuid;
+
+use crate::monitor::Channel;
+
+/// A whole machine with its front ends.
+#[derive(Debug, Clone, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct Config {
+    /// The kind of machine.
+    pub machine: MachineConfig,
+    /// Guest RAM.
+    pub memory: MemoryConfig,
+    /// Number of vCPUs, 1 to [`MAX_CPUS`](super::MAX_CPUS).
+    pub cpus: u8,
+    /// What the guest boots.
+    pub boot: BootConfig,
+    /// Every character device, in the order of the command line; ids are unique.
+    pub chardevs: Vec<ChardevConfig>,
+    /// The character device of COM1; `None`: the port is there and nobody listens.
+    pub serial: Option<String>,
+    /// Every monitor, in the order of the command line.
+    pub monitors: Vec<MonitorConfig>,
+    /// The guest's name.
+    pub name: Option<String>,
+    /// The guest's UUID.
+    pub uuid: Option<Uuid>,
+    /// Where to write the process id.
+    pub pidfile: Option<PathBuf>,
+    /// Do not run the guest before a `cont`.
+    pub start_paused: bool,
+    /// End the program where the guest asks for a reset.
+    pub no_reboot: bool,
+    /// Where the machine's state comes from, instead of a boot.
+    pub incoming: Option<Incoming>,
+    /// What to trace.
+    pub trace: TraceConfig,
+}
+
+/// The kind of machine.
+#[derive(Debug, Clone, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct MachineConfig {
+    /// Its type.
+    pub machine_type: MachineType,
+    /// Whether memory beside the main RAM is shared, too (`aux-ram-share`).
+    pub aux_ram_share: bool,
+}
+
+/// The machine types there are.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum MachineType {
+    /// `microvm`: no firmware, no legacy beyond serial port, PIC and PIT.
+    Microvm,
+}
+
+/// Guest RAM.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct MemoryConfig {
+    /// Id of the memory backend; `microvm.ram` without one.
+    pub id: String,
+    /// Size in bytes, a multiple of the page size.
+    pub size_bytes: u64,
+    /// What it is made of.
+    pub backend: MemoryBackend,
+}
+
+/// What guest RAM is made of.
+#[derive(Debug, Clone, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum MemoryBackend {
+    /// An anonymous file.
+    Memfd {
+        /// Mapped shared (the default), so that it survives an update in place.
+        share: bool,
+        /// Made of huge pages.
+        hugetlb: Option<HugePages>,
+    },
+    /// A named file.
+    File {
+        /// The file, or a directory to make a temporary one in.
+        path: PathBuf,
+        /// Mapped shared. Not the default.
+        share: bool,
+    },
+    /// Anonymous memory.
+    Ram {
+        /// Mapped shared. Not the default, and no descriptor either way.
+        share: bool,
+    },
+}
+
+/// Huge pages.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct HugePages {
+    /// Page size in bytes, a power of two; `None`: the host's default.
+    pub page_bytes: Option<u64>,
+}
+
+/// What the guest boots.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct BootConfig {
+    /// The kernel; `None`: the built-in payload.
+    pub kernel: Option<PathBuf>,
+    /// Its command line.
+    pub append: Option<String>,
+    /// Its initial RAM disk.
+    pub initrd: Option<PathBuf>,
+}
+
+/// A character device.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ChardevConfig {
+    /// Its id.
+    pub id: String,
+    /// What it is connected to.
+    pub backend: ChardevBackend,
+    /// Several front ends share it, switched by Ctrl-a c.
+    pub mux: bool,
+}
+
+/// What a character device is connected to.
+#[derive(Debug, Clone, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum ChardevBackend {
+    /// Standard input and output.
+    Stdio {
+        /// Ctrl-c and its kind send signals to the program instead of bytes to the front end.
+        signal: bool,
+    },
+    /// A file that output is written to.
+    File {
+        /// Its path.
+        path: PathBuf,
+    },
+    /// A unix stream socket.
+    Socket {
+        /// Its path.
+        path: PathBuf,
+        /// Listen, rather than connect.
+        server: bool,
+        /// Do not start before the first client is there. Only with `server`.
+        wait: bool,
+    },
+    /// Nothing.
+    Null,
+}
+
+/// A monitor.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct MonitorConfig {
+    /// For whom.
+    pub kind: MonitorKind,
+    /// Id of its character device.
+    pub chardev: String,
+}
+
+/// The kinds of monitors.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum MonitorKind {
+    /// For people.
+    Hmp,
+    /// For programs.
+    Qmp,
+}
+
+/// Where an incoming machine comes from.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Incoming {
+    /// A monitor will say (`migrate_incoming`).
+    Defer,
+    /// From there, at once.
+    Channel(Channel),
+}
+
+/// What to trace, and where log and trace go.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct TraceConfig {
+    /// Patterns of the names to trace.
+    pub patterns: Vec<String>,
+    /// File for the trace; `None`: where the log goes.
+    pub file: Option<PathBuf>,
+    /// File for the log; `None`: standard error.
+    pub log_file: Option<PathBuf>,
+}

@@ -1,0 +1,730 @@
+//! The table of options: what each is called, what it takes, what it means and what it does.
+//!
+//! Parser and help read this table and nothing else. An option with properties lists them here; a property that is not
+//! listed is refused by name before the option's own code sees it.
+
+use std::path::PathBuf;
+
+use serde_json::{Map, Value};
+use uuid::Uuid;
+
+use super::MAX_CPUS;
+use super::config::{ChardevBackend, Incoming, MonitorKind};
+use super::keyval::{self, Pair, parse_size, parse_switch};
+use super::resolve::{Builder, Object, ObjectKind};
+use crate::monitor::Channel;
+
+/// One option.
+pub(super) struct OptionSpec {
+    /// Names without dashes; help shows the first, then the others.
+    pub(super) names: &'static [&'static str],
+    /// What value follows; `None`: no value.
+    pub(super) metavar: Option<&'static str>,
+    /// The heading it stands under in the help.
+    pub(super) group: Group,
+    pub(super) help: &'static str,
+    pub(super) properties: &'static [Property],
+    pub(super) action: Action,
+}
+
+/// A property inside an option's value.
+pub(super) struct Property {
+    pub(super) name: &'static str,
+    pub(super) metavar: &'static str,
+    pub(super) help: &'static str,
+}
+
+/// What an option does. `Err` is the reason, without the option's name.
+pub(super) enum Action {
+    Help,
+    Version,
+    Apply(fn(&mut Builder, &OptionSpec, &str) -> Result<(), String>),
+}
+
+/// Headings of the help, in its order.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Group {
+    Machine,
+    Boot,
+    FrontEnds,
+    Update,
+    Process,
+}
+
+impl Group {
+    pub(super) const ALL: &[(Self, &'static str)] = &[
+        (Self::Machine, "Machine"),
+        (Self::Boot, "Boot"),
+        (Self::FrontEnds, "Serial line and monitors"),
+        (Self::Update, "Live update"),
+        (Self::Process, "Process"),
+    ];
+}
+
+const fn property(name: &'static str, metavar: &'static str, help: &'static str) -> Property {
+    Property { name, metavar, help }
+}
+
+const LEGACY_CHARDEV: &str = "stdio|unix:PATH[,server=on][,wait=off]|file:PATH|null|none|mon:...|chardev:ID";
+
+/// Every option.
+pub(super) const OPTIONS: &[OptionSpec] = &[
+    OptionSpec {
+        names: &["machine", "M"],
+        metavar: Some("[type=]TYPE[,PROPERTY=VALUE...]"),
+        group: Group::Machine,
+        help: "Set type and properties of the machine. May be repeated; later properties add to earlier ones.",
+        properties: &[
+            property("type", "microvm", "the machine type; there is one"),
+            property("memory-backend", "ID", "the -object that is the guest's RAM"),
+            property(
+                "aux-ram-share",
+                "on|off",
+                "share memory beside the RAM, too, so that updates can keep it",
+            ),
+            property("accel", "kvm", "the accelerator; there is one"),
+        ],
+        action: Action::Apply(machine),
+    },
+    OptionSpec {
+        names: &["accel"],
+        metavar: Some("kvm"),
+        group: Group::Machine,
+        help: "Set the accelerator; there is one.",
+        properties: &[property("accel", "kvm", "the accelerator")],
+        action: Action::Apply(accel),
+    },
+    OptionSpec {
+        names: &["cpu"],
+        metavar: Some("host"),
+        group: Group::Machine,
+        help: "Set the CPU model; there is one: the host's, as far as KVM can virtualise it.",
+        properties: &[],
+        action: Action::Apply(cpu),
+    },
+    OptionSpec {
+        names: &["smp"],
+        metavar: Some("[cpus=]N"),
+        group: Group::Machine,
+        help: "Set the number of vCPUs, 1 (the default) to 64.",
+        properties: &[
+            property("cpus", "N", "the number of vCPUs"),
+            property("maxcpus", "N", "must equal the number of vCPUs: none can be added later"),
+            property("sockets", "N", "sockets; sockets * cores * threads must be the number of vCPUs"),
+            property("cores", "N", "cores in a socket"),
+            property("threads", "N", "threads of a core"),
+        ],
+        action: Action::Apply(smp),
+    },
+    OptionSpec {
+        names: &["m"],
+        metavar: Some("[size=]SIZE"),
+        group: Group::Machine,
+        help: "Set the size of the RAM, in MiB without a suffix K, M, G or T (default 128M, or that of the memory \
+               backend). RAM without a memory backend is private: updates in place are refused.",
+        properties: &[property("size", "SIZE", "the size")],
+        action: Action::Apply(memory),
+    },
+    OptionSpec {
+        names: &["object"],
+        metavar: Some("TYPE,id=ID[,PROPERTY=VALUE...]"),
+        group: Group::Machine,
+        help: "Define a memory backend: memory-backend-memfd (shared, survives every update), memory-backend-file \
+               (survives with share=on) or memory-backend-ram. Also as JSON: '{\"qom-type\": TYPE, \"id\": ID, ...}'.",
+        properties: &[
+            property("qom-type", "TYPE", "the type, if it does not stand first"),
+            property("id", "ID", "its id"),
+            property("size", "SIZE", "the size, in bytes without a suffix"),
+            property("share", "on|off", "map it shared (default: on for memfd, else off)"),
+            property("hugetlb", "on|off", "memfd: use huge pages"),
+            property("hugetlbsize", "SIZE", "memfd: size of a huge page"),
+            property("mem-path", "PATH", "file: the file"),
+        ],
+        action: Action::Apply(object),
+    },
+    OptionSpec {
+        names: &["name"],
+        metavar: Some("[guest=]NAME"),
+        group: Group::Machine,
+        help: "Name the guest.",
+        properties: &[property("guest", "NAME", "the name")],
+        action: Action::Apply(|builder, option, value| {
+            for pair in pairs(option, value, Some("guest"))? {
+                builder.name = Some(pair.value);
+            }
+            Ok(())
+        }),
+    },
+    OptionSpec {
+        names: &["uuid"],
+        metavar: Some("UUID"),
+        group: Group::Machine,
+        help: "Set the guest's UUID.",
+        properties: &[],
+        action: Action::Apply(|builder, _, value| {
+            let uuid = Uuid::parse_str(value)
+                .map_err(|_| format!("'{value}' is no UUID (xxxxxxxx-xxxx-xxxx-xxxx-xxxxxxxxxxxx)"))?;
+            builder.uuid = Some(uuid);
+            Ok(())
+        }),
+    },
+    OptionSpec {
+        names: &["kernel"],
+        metavar: Some("FILE"),
+        group: Group::Boot,
+        help: "Boot this kernel: an ELF file with a PVH entry, or a bzImage. Without it the built-in payload boots.",
+        properties: &[],
+        action: Action::Apply(|builder, _, value| {
+            builder.boot.kernel = Some(path(value)?);
+            Ok(())
+        }),
+    },
+    OptionSpec {
+        names: &["append"],
+        metavar: Some("TEXT"),
+        group: Group::Boot,
+        help: "Pass a command line to the kernel or payload.",
+        properties: &[],
+        action: Action::Apply(|builder, _, value| {
+            builder.boot.append = Some(value.to_owned());
+            Ok(())
+        }),
+    },
+    OptionSpec {
+        names: &["initrd"],
+        metavar: Some("FILE"),
+        group: Group::Boot,
+        help: "Pass an initial RAM disk to the kernel.",
+        properties: &[],
+        action: Action::Apply(|builder, _, value| {
+            builder.boot.initrd = Some(path(value)?);
+            Ok(())
+        }),
+    },
+    OptionSpec {
+        names: &["S"],
+        metavar: None,
+        group: Group::Boot,
+        help: "Do not run the guest before the monitor command 'cont'.",
+        properties: &[],
+        action: Action::Apply(|builder, _, _| {
+            builder.start_paused = true;
+            Ok(())
+        }),
+    },
+    OptionSpec {
+        names: &["no-reboot"],
+        metavar: None,
+        group: Group::Boot,
+        help: "End where the guest asks for a reset.",
+        properties: &[],
+        action: Action::Apply(|builder, _, _| {
+            builder.no_reboot = true;
+            Ok(())
+        }),
+    },
+    OptionSpec {
+        names: &["serial"],
+        metavar: Some(LEGACY_CHARDEV),
+        group: Group::FrontEnds,
+        help: "Connect the serial line COM1 (default: null). mon:stdio shares the terminal with a monitor; Ctrl-a c \
+               switches, Ctrl-a h helps.",
+        properties: &[],
+        action: Action::Apply(serial),
+    },
+    OptionSpec {
+        names: &["monitor"],
+        metavar: Some(LEGACY_CHARDEV),
+        group: Group::FrontEnds,
+        help: "Offer a monitor for people, HMP (default: none).",
+        properties: &[],
+        action: Action::Apply(|builder, _, value| monitor(builder, "-monitor", MonitorKind::Hmp, value)),
+    },
+    OptionSpec {
+        names: &["qmp"],
+        metavar: Some(LEGACY_CHARDEV),
+        group: Group::FrontEnds,
+        help: "Offer a monitor for programs, QMP. May be repeated.",
+        properties: &[],
+        action: Action::Apply(|builder, _, value| monitor(builder, "-qmp", MonitorKind::Qmp, value)),
+    },
+    OptionSpec {
+        names: &["mon"],
+        metavar: Some("[chardev=]ID[,mode=readline|control]"),
+        group: Group::FrontEnds,
+        help: "Offer a monitor on a -chardev. May be repeated.",
+        properties: &[
+            property("chardev", "ID", "the character device"),
+            property("mode", "readline|control", "HMP (the default) or QMP"),
+        ],
+        action: Action::Apply(mon),
+    },
+    OptionSpec {
+        names: &["chardev"],
+        metavar: Some("BACKEND,id=ID[,PROPERTY=VALUE...]"),
+        group: Group::FrontEnds,
+        help: "Define a character device: stdio, socket (unix), file or null.",
+        properties: &[
+            property("backend", "BACKEND", "the kind, if it does not stand first"),
+            property("id", "ID", "its id"),
+            property("mux", "on|off", "let several front ends share it, switched by Ctrl-a c"),
+            property("signal", "on|off", "stdio: Ctrl-c ends the program (default: on)"),
+            property("path", "PATH", "socket, file: where"),
+            property("server", "on|off", "socket: listen rather than connect (default: off)"),
+            property("wait", "on|off", "socket: with server, start only with the first client (default: on)"),
+        ],
+        action: Action::Apply(chardev),
+    },
+    OptionSpec {
+        names: &["display"],
+        metavar: Some("none"),
+        group: Group::FrontEnds,
+        help: "Set the display; there is none.",
+        properties: &[],
+        action: Action::Apply(|_, _, value| match value {
+            "none" => Ok(()),
+            _ => Err(format!("'{value}' is not supported (supported: none)")),
+        }),
+    },
+    OptionSpec {
+        names: &["nographic"],
+        metavar: None,
+        group: Group::FrontEnds,
+        help: "Same as -serial mon:stdio, unless -serial or -monitor say otherwise.",
+        properties: &[],
+        action: Action::Apply(|builder, _, _| {
+            builder.nographic = true;
+            Ok(())
+        }),
+    },
+    OptionSpec {
+        names: &["nodefaults"],
+        metavar: None,
+        group: Group::FrontEnds,
+        help: "Create no serial line or monitor that was not asked for.",
+        properties: &[],
+        action: Action::Apply(|builder, _, _| {
+            builder.nodefaults = true;
+            Ok(())
+        }),
+    },
+    OptionSpec {
+        names: &["incoming"],
+        metavar: Some("defer|file:PATH[,offset=N]|memfd:|CHANNEL"),
+        group: Group::Update,
+        help: "Load the machine from there instead of booting it; defer: wait for the monitor command \
+               'migrate_incoming'. CHANNEL is QMP's form, as JSON or \
+               main,addr.transport=file,addr.filename=PATH.",
+        properties: &[],
+        action: Action::Apply(incoming),
+    },
+    OptionSpec {
+        names: &["pidfile"],
+        metavar: Some("FILE"),
+        group: Group::Process,
+        help: "Write the process id to FILE.",
+        properties: &[],
+        action: Action::Apply(|builder, _, value| {
+            builder.pidfile = Some(path(value)?);
+            Ok(())
+        }),
+    },
+    OptionSpec {
+        names: &["trace"],
+        metavar: Some("[enable=]PATTERN[,file=FILE]"),
+        group: Group::Process,
+        help: "Trace what matches PATTERN. May be repeated.",
+        properties: &[
+            property("enable", "PATTERN", "what to trace"),
+            property("file", "FILE", "where the trace goes (default: where the log goes)"),
+        ],
+        action: Action::Apply(trace),
+    },
+    OptionSpec {
+        names: &["D"],
+        metavar: Some("FILE"),
+        group: Group::Process,
+        help: "Write the log to FILE instead of standard error.",
+        properties: &[],
+        action: Action::Apply(|builder, _, value| {
+            builder.trace.log_file = Some(path(value)?);
+            Ok(())
+        }),
+    },
+    OptionSpec {
+        names: &["no-user-config"],
+        metavar: None,
+        group: Group::Process,
+        help: "Read no configuration file. There is none; for compatibility.",
+        properties: &[],
+        action: Action::Apply(|_, _, _| Ok(())),
+    },
+    OptionSpec {
+        names: &["version"],
+        metavar: None,
+        group: Group::Process,
+        help: "Show the version.",
+        properties: &[],
+        action: Action::Version,
+    },
+    OptionSpec {
+        names: &["help", "h"],
+        metavar: None,
+        group: Group::Process,
+        help: "Show this help.",
+        properties: &[],
+        action: Action::Help,
+    },
+];
+
+/// Splits an option's value and refuses properties that its table row does not list.
+fn pairs(option: &OptionSpec, value: &str, implied: Option<&str>) -> Result<Vec<Pair>, String> {
+    let is_known = |key: &str| option.properties.iter().any(|property| property.name == key);
+    let pairs = keyval::parse(value, implied, &is_known);
+    match pairs.iter().find(|pair| !is_known(&pair.key)) {
+        Some(pair) => Err(unknown_property(&pair.key, &names(option))),
+        None => Ok(pairs),
+    }
+}
+
+fn names(option: &OptionSpec) -> Vec<&'static str> {
+    option.properties.iter().map(|property| property.name).collect()
+}
+
+fn unknown_property(key: &str, known: &[&str]) -> String {
+    format!("unknown property '{key}' (known: {})", known.join(", "))
+}
+
+fn path(value: &str) -> Result<PathBuf, String> {
+    if value.is_empty() || value.contains('\0') {
+        Err("a path must not be empty".into())
+    } else {
+        Ok(value.into())
+    }
+}
+
+/// An id as QEMU's `id_wellformed` has it.
+fn id(value: &str) -> Result<String, String> {
+    let mut chars = value.chars();
+    let good = chars.next().is_some_and(|first| first.is_ascii_alphabetic())
+        && chars.all(|char| char.is_ascii_alphanumeric() || "-._".contains(char));
+    if good {
+        return Ok(value.to_owned());
+    }
+    Err(format!("id '{value}' is malformed (letters, digits, '-', '.' and '_', a letter first)"))
+}
+
+/// Puts the property's name before what is wrong with its value.
+fn of<T>(key: &str, result: Result<T, String>) -> Result<T, String> {
+    result.map_err(|reason| format!("property '{key}': {reason}"))
+}
+
+fn accelerator(value: &str) -> Result<(), String> {
+    match value {
+        "kvm" => Ok(()),
+        _ => Err(format!("accelerator '{value}' is not supported (supported: kvm)")),
+    }
+}
+
+fn machine(builder: &mut Builder, option: &OptionSpec, value: &str) -> Result<(), String> {
+    for Pair { key, value } in pairs(option, value, Some("type"))? {
+        match key.as_str() {
+            "type" if value == "microvm" => {}
+            "type" => return Err(format!("machine type '{value}' is not supported (supported: microvm)")),
+            "memory-backend" => builder.memory_backend = Some(of(&key, id(&value))?),
+            "aux-ram-share" => builder.aux_ram_share = of(&key, parse_switch(&value))?,
+            _ => accelerator(&value)?,
+        }
+    }
+    Ok(())
+}
+
+fn accel(_: &mut Builder, option: &OptionSpec, value: &str) -> Result<(), String> {
+    let pairs = pairs(option, value, Some("accel"))?;
+    if pairs.is_empty() {
+        return accelerator("");
+    }
+    pairs.iter().try_for_each(|pair| accelerator(&pair.value))
+}
+
+fn cpu(_: &mut Builder, _: &OptionSpec, value: &str) -> Result<(), String> {
+    match value {
+        "host" => Ok(()),
+        _ => Err(format!("CPU model '{value}' is not supported (supported: host, without features)")),
+    }
+}
+
+fn smp(builder: &mut Builder, option: &OptionSpec, value: &str) -> Result<(), String> {
+    for Pair { key, value } in pairs(option, value, Some("cpus"))? {
+        let count = value
+            .parse::<u32>()
+            .ok()
+            .filter(|count| (1..=u32::from(MAX_CPUS)).contains(count))
+            .ok_or_else(|| format!("property '{key}': '{value}' is no number from 1 to {MAX_CPUS}"))?;
+        let smp = &mut builder.smp;
+        let field = match key.as_str() {
+            "cpus" => &mut smp.cpus,
+            "maxcpus" => &mut smp.maxcpus,
+            "sockets" => &mut smp.sockets,
+            "cores" => &mut smp.cores,
+            _ => &mut smp.threads,
+        };
+        *field = Some(count);
+    }
+    Ok(())
+}
+
+fn memory(builder: &mut Builder, option: &OptionSpec, value: &str) -> Result<(), String> {
+    for Pair { key, value } in pairs(option, value, Some("size"))? {
+        builder.memory_bytes = Some(of(&key, parse_size(&value, 1 << 20))?);
+    }
+    Ok(())
+}
+
+fn object(builder: &mut Builder, option: &OptionSpec, value: &str) -> Result<(), String> {
+    let pairs = if value.starts_with('{') {
+        json_pairs(option, value)?
+    } else {
+        pairs(option, value, Some("qom-type"))?
+    };
+    let mut object = Object::default();
+    for Pair { key, value } in pairs {
+        match key.as_str() {
+            "qom-type" => {
+                object.kind = Some(match value.as_str() {
+                    "memory-backend-memfd" => ObjectKind::Memfd,
+                    "memory-backend-file" => ObjectKind::File,
+                    "memory-backend-ram" => ObjectKind::Ram,
+                    _ => {
+                        return Err(format!(
+                            "object type '{value}' is not supported (supported: memory-backend-memfd, \
+                             memory-backend-file, memory-backend-ram)"
+                        ));
+                    }
+                });
+            }
+            "id" => object.id = id(&value)?,
+            "size" => object.size_bytes = Some(of(&key, parse_size(&value, 1))?),
+            "share" => object.share = Some(of(&key, parse_switch(&value))?),
+            "hugetlb" => object.hugetlb = Some(of(&key, parse_switch(&value))?),
+            "hugetlbsize" => object.huge_page_bytes = Some(of(&key, parse_size(&value, 1))?),
+            _ => object.path = Some(of(&key, path(&value))?),
+        }
+    }
+    builder.add_object(object)
+}
+
+/// The properties of an object in JSON form.
+fn json_pairs(option: &OptionSpec, text: &str) -> Result<Vec<Pair>, String> {
+    let members: Map<String, Value> = serde_json::from_str(text).map_err(|why| format!("bad JSON: {why}"))?;
+    let mut pairs = Vec::new();
+    for (key, value) in members {
+        if !option.properties.iter().any(|property| property.name == key) {
+            return Err(unknown_property(&key, &names(option)));
+        }
+        let value = match value {
+            Value::String(text) => text,
+            Value::Bool(state) => if state { "on" } else { "off" }.into(),
+            Value::Number(number) => number.to_string(),
+            _ => return Err(format!("property '{key}': neither text, number nor true or false")),
+        };
+        pairs.push(Pair { key, value });
+    }
+    Ok(pairs)
+}
+
+fn chardev(builder: &mut Builder, option: &OptionSpec, value: &str) -> Result<(), String> {
+    let (mut kind, mut chardev_id, mut mux) = (None, None, false);
+    let mut rest = Vec::new();
+    for pair in pairs(option, value, Some("backend"))? {
+        match pair.key.as_str() {
+            "backend" => kind = Some(pair.value),
+            "id" => chardev_id = Some(id(&pair.value)?),
+            "mux" => mux = of("mux", parse_switch(&pair.value))?,
+            _ => rest.push(pair),
+        }
+    }
+    let kind = kind.ok_or("the backend must be named (supported: stdio, socket, file, null)")?;
+    let chardev_id = chardev_id.ok_or("property 'id' is missing")?;
+    let backend = chardev_backend(&kind, rest)?;
+    builder.add_chardev("-chardev", chardev_id, backend, mux)
+}
+
+/// Makes a backend of its kind and the properties that depend on it.
+fn chardev_backend(kind: &str, pairs: Vec<Pair>) -> Result<ChardevBackend, String> {
+    let known: &[&str] = match kind {
+        "stdio" => &["signal"],
+        "socket" => &["path", "server", "wait"],
+        "file" => &["path"],
+        "null" => &[],
+        _ => {
+            return Err(format!("backend '{kind}' is not supported (supported: stdio, socket, file, null)"));
+        }
+    };
+    let (mut at, mut server, mut wait, mut signal) = (None, false, None, true);
+    for Pair { key, value } in pairs {
+        if !known.contains(&key.as_str()) {
+            let known = if known.is_empty() { &["none"] } else { known };
+            return Err(format!("backend '{kind}': {}", unknown_property(&key, known)));
+        }
+        match key.as_str() {
+            "path" => at = Some(of(&key, path(&value))?),
+            "server" => server = of(&key, parse_switch(&value))?,
+            "wait" => wait = Some(of(&key, parse_switch(&value))?),
+            _ => signal = of(&key, parse_switch(&value))?,
+        }
+    }
+    let at = at.ok_or_else(|| format!("backend '{kind}': property 'path' is missing"));
+    Ok(match kind {
+        "stdio" => ChardevBackend::Stdio { signal },
+        "file" => ChardevBackend::File { path: at? },
+        "null" => ChardevBackend::Null,
+        _ => {
+            let path = at?;
+            // sun_path of unix(7) holds 108 bytes, one of them the closing zero.
+            if path.as_os_str().len() > 107 {
+                return Err(format!("socket path '{}' is longer than 107 bytes", path.display()));
+            }
+            if wait.is_some() && !server {
+                return Err("property 'wait' makes sense with server=on only".into());
+            }
+            ChardevBackend::Socket { path, server, wait: server && wait.unwrap_or(true) }
+        }
+    })
+}
+
+/// What `-serial`, `-monitor` and `-qmp` take: a short form of a character device.
+enum Short {
+    None,
+    Existing(String),
+    New { backend: ChardevBackend, mux: bool },
+}
+
+fn short_chardev(value: &str) -> Result<Short, String> {
+    let (mux, text) = match value.strip_prefix("mon:") {
+        Some(rest) => (true, rest),
+        None => (false, value),
+    };
+    let backend = match text.split_once(':').unwrap_or((text, "")) {
+        ("none", "") if !mux => return Ok(Short::None),
+        ("chardev", name) if !mux => return Ok(Short::Existing(id(name)?)),
+        // A monitor on the terminal makes Ctrl-c a key for the guest.
+        ("stdio", "") => ChardevBackend::Stdio { signal: !mux },
+        ("null", "") => ChardevBackend::Null,
+        ("file", at) => ChardevBackend::File { path: path(at)? },
+        ("unix", rest) => {
+            let known = |key: &str| ["path", "server", "wait"].contains(&key);
+            chardev_backend("socket", keyval::parse(rest, Some("path"), &known))?
+        }
+        _ => {
+            return Err(format!(
+                "'{value}' is not supported (supported: stdio, unix:PATH, file:PATH, null, none, mon:..., chardev:ID)"
+            ));
+        }
+    };
+    Ok(Short::New { backend, mux })
+}
+
+fn serial(builder: &mut Builder, _: &OptionSpec, value: &str) -> Result<(), String> {
+    if builder.serial_given {
+        return Err(format!("'{value}': there is one serial line, and -serial was given already"));
+    }
+    builder.serial_given = true;
+    builder.serial = match short_chardev(value)? {
+        Short::None => None,
+        Short::Existing(id) => Some(id),
+        Short::New { backend, mux } => {
+            builder.add_chardev("-serial", "serial0".into(), backend, mux)?;
+            if mux {
+                builder.add_monitor("-serial", MonitorKind::Hmp, "serial0".into());
+            }
+            Some("serial0".into())
+        }
+    };
+    Ok(())
+}
+
+fn monitor(
+    builder: &mut Builder,
+    option: &'static str,
+    kind: MonitorKind,
+    value: &str,
+) -> Result<(), String> {
+    builder.monitor_given = true;
+    match short_chardev(value)? {
+        Short::None => {}
+        Short::Existing(id) => builder.add_monitor(option, kind, id),
+        Short::New { backend, mux } => {
+            let id = builder.next_monitor_id();
+            builder.add_chardev(option, id.clone(), backend, mux)?;
+            builder.add_monitor(option, kind, id);
+        }
+    }
+    Ok(())
+}
+
+fn mon(builder: &mut Builder, option: &OptionSpec, value: &str) -> Result<(), String> {
+    let (mut chardev, mut kind) = (None, MonitorKind::Hmp);
+    for Pair { key, value } in pairs(option, value, Some("chardev"))? {
+        match (key.as_str(), value.as_str()) {
+            ("chardev", _) => chardev = Some(id(&value)?),
+            (_, "readline") => kind = MonitorKind::Hmp,
+            (_, "control") => kind = MonitorKind::Qmp,
+            _ => return Err(format!("mode '{value}' is not supported (supported: readline, control)")),
+        }
+    }
+    let chardev = chardev.ok_or("property 'chardev' is missing")?;
+    builder.monitor_given = true;
+    builder.add_monitor("-mon", kind, chardev);
+    Ok(())
+}
+
+fn incoming(builder: &mut Builder, _: &OptionSpec, value: &str) -> Result<(), String> {
+    let is_uri = value.split_once(':').is_some_and(|(scheme, _)| {
+        scheme.starts_with(|first: char| first.is_ascii_alphabetic())
+            && scheme.chars().all(|char| char.is_ascii_alphanumeric() || "+-.".contains(char))
+    });
+    let channel = if value == "defer" {
+        None
+    } else if value.starts_with('{') {
+        let json = serde_json::from_str(value).map_err(|why| format!("bad JSON: {why}"))?;
+        Some(Channel::from_json(json, ""))
+    } else if is_uri || !value.contains(['=', ',']) {
+        Some(Channel::from_uri(value))
+    } else {
+        Some(Channel::from_json(dotted(value)?, ""))
+    };
+    let incoming = match channel {
+        None => Incoming::Defer,
+        Some(channel) => Incoming::Channel(channel.map_err(|error| error.to_string())?),
+    };
+    if builder.incoming.replace(incoming).is_some() {
+        return Err(format!("'{value}': given twice, but a machine comes from one place"));
+    }
+    Ok(())
+}
+
+/// A channel in dotted form as the JSON that it stands for.
+fn dotted(text: &str) -> Result<Value, String> {
+    let mut channel = Map::new();
+    let mut addr = Map::new();
+    for Pair { key, value } in keyval::parse(text, Some("channel-type"), &|_| false) {
+        match key.strip_prefix("addr.") {
+            Some("offset") => addr.insert("offset".into(), of(&key, parse_size(&value, 1))?.into()),
+            Some(inner) => addr.insert(inner.into(), value.into()),
+            None => channel.insert(key, value.into()),
+        };
+    }
+    channel.insert("addr".into(), addr.into());
+    Ok(channel.into())
+}
+
+fn trace(builder: &mut Builder, option: &OptionSpec, value: &str) -> Result<(), String> {
+    for Pair { key, value } in pairs(option, value, Some("enable"))? {
+        match key.as_str() {
+            "file" => builder.trace.file = Some(of(&key, path(&value))?),
+            _ => builder.trace.patterns.push(value),
+        }
+    }
+    Ok(())
+}

@@ -1,0 +1,205 @@
+//! What the monitors know of updates: parameters, capabilities, status, and the report of the last one.
+
+use std::ffi::OsString;
+
+use cpr_core::{BlockReason, Control, CprMode, ModeInfo, Report};
+use cpr_exec::{CprExec, MainChannel};
+use oslib::signals::SignalMask;
+use serde::{Deserialize, Serialize};
+use serde_json::{Map, Value, json};
+
+use crate::monitor::command::{Capability, CapabilityState, MigrationParameters};
+use crate::monitor::{Channel, QmpError};
+
+/// QEMU's `MigrationStatus`, as far as an update passes through it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Status {
+    /// No update was asked for.
+    #[default]
+    None,
+    /// Accepted; the guest runs.
+    Setup,
+    /// The guest is being stopped.
+    Active,
+    /// Device state is being written.
+    Device,
+    /// The state was handed over, or taken over.
+    Completed,
+    /// It failed.
+    Failed,
+    /// The user cancelled it.
+    Cancelled,
+}
+
+impl Status {
+    /// As QMP spells it.
+    pub fn name(self) -> &'static str {
+        match self {
+            Status::None => "none",
+            Status::Setup => "setup",
+            Status::Active => "active",
+            Status::Device => "device",
+            Status::Completed => "completed",
+            Status::Failed => "failed",
+            Status::Cancelled => "cancelled",
+        }
+    }
+}
+
+/// Parameters and capabilities that a user set; they stay set over an update.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct Settings {
+    mode: String,
+    cpr_exec_command: Vec<String>,
+    keeper: bool,
+    /// The `events` capability.
+    pub events: bool,
+}
+
+impl Default for Settings {
+    fn default() -> Self {
+        Settings { mode: NORMAL.into(), cpr_exec_command: Vec::new(), keeper: true, events: false }
+    }
+}
+
+/// QEMU's default mode: live migration by copying, which this program does not do.
+const NORMAL: &str = "normal";
+
+/// The modes that this program was built with, as `migrate_set_parameter mode` takes them.
+pub fn mode_names() -> Vec<String> {
+    vec![cpr_exec::MODE.to_string()]
+}
+
+impl Settings {
+    /// Sets what is given and leaves the rest.
+    ///
+    /// # Errors
+    /// A mode that is not there; nothing was set then.
+    pub fn set(&mut self, parameters: MigrationParameters) -> Result<(), QmpError> {
+        if let Some(mode) = parameters.mode {
+            let known = mode_names();
+            if mode != NORMAL && !known.contains(&mode) {
+                return Err(QmpError::generic(format!(
+                    "Parameter 'mode' does not accept value '{mode}' (known: {NORMAL}, {})",
+                    known.join(", ")
+                )));
+            }
+            self.mode = mode;
+        }
+        if let Some(command) = parameters.cpr_exec_command {
+            self.cpr_exec_command = command;
+        }
+        if let Some(keeper) = parameters.x_cpr_exec_keeper {
+            self.keeper = keeper;
+        }
+        Ok(())
+    }
+
+    /// For `query-migrate-parameters`.
+    pub fn parameters(&self) -> Value {
+        json!({
+            "mode": self.mode,
+            "cpr-exec-command": self.cpr_exec_command,
+            "x-cpr-exec-keeper": self.keeper,
+        })
+    }
+
+    /// Sets capabilities.
+    pub fn set_capabilities(&mut self, capabilities: &[CapabilityState]) {
+        for &CapabilityState { capability, state } in capabilities {
+            match capability {
+                Capability::Events => self.events = state,
+            }
+        }
+    }
+
+    /// For `query-migrate-capabilities`.
+    pub fn capabilities(&self) -> Value {
+        json!([{ "capability": Capability::Events.name(), "state": self.events }])
+    }
+
+    /// The mode as subscribers and blockers see it, if it is one that updates.
+    pub fn mode_info(&self) -> Option<ModeInfo> {
+        (self.mode == cpr_exec::MODE.as_str()).then(cpr_exec::mode_info)
+    }
+
+    /// An attempt in the mode that is set, with the main frame in `channel`.
+    ///
+    /// # Errors
+    /// The mode is none that updates.
+    pub fn attempt(&self, channel: Channel, original_mask: SignalMask) -> Result<Box<dyn CprMode>, QmpError> {
+        if self.mode != cpr_exec::MODE.as_str() {
+            return Err(QmpError::generic(format!(
+                "mode '{}' is not available; set one first (migrate_set_parameter mode {})",
+                self.mode,
+                mode_names().join("|")
+            )));
+        }
+        let command = self.cpr_exec_command.iter().map(OsString::from).collect();
+        let exec = CprExec::new(command, main_channel(channel)).signal_mask(original_mask).keeper(self.keeper);
+        Ok(Box::new(exec))
+    }
+}
+
+/// The user's channel in the mode's terms.
+pub fn main_channel(channel: Channel) -> MainChannel {
+    match channel {
+        Channel::File { path, offset } => MainChannel::File { path, offset },
+        Channel::Memfd => MainChannel::Memfd,
+    }
+}
+
+/// The last or present update.
+#[derive(Debug, Default)]
+pub struct Progress {
+    /// Where it is.
+    pub status: Status,
+    /// Why it failed.
+    pub error: Option<String>,
+    /// Its shared page, and so its timeline.
+    pub control: Option<Control>,
+    /// Its mode.
+    pub mode: Option<String>,
+    /// How many the guest has been through.
+    pub generation: u64,
+}
+
+impl Progress {
+    /// For `query-migrate`.
+    pub fn query(&self, blocked: &[BlockReason]) -> Value {
+        let mut info = Map::new();
+        if self.status != Status::None {
+            info.insert("status".into(), self.status.name().into());
+        }
+        if let Some(error) = &self.error {
+            info.insert("error-desc".into(), error.as_str().into());
+        }
+        if !blocked.is_empty() {
+            info.insert("blocked-reasons".into(), blocked.iter().map(ToString::to_string).collect());
+        }
+        if let Some(report) = self.control.as_ref().map(|control| control.timeline().report()) {
+            self.add_report(&mut info, &report);
+        }
+        info.into()
+    }
+
+    fn add_report(&self, info: &mut Map<String, Value>, report: &Report) {
+        // QEMU's keys are whole milliseconds; rounded up, so that a short blackout is not said to be none.
+        let ms = |ns: u64| Value::from(ns.div_ceil(1_000_000));
+        let us = |ns: u64| Value::from(ns.div_ceil(1_000));
+        for (key, ns) in
+            [("setup-time", report.prepare_ns), ("total-time", report.total_ns), ("downtime", report.blackout_ns)]
+        {
+            if let Some(ns) = ns {
+                info.insert(key.into(), ms(ns));
+            }
+        }
+        let phases: Vec<_> =
+            report.phases.iter().map(|phase| json!({ "name": phase.name, "us": us(phase.ns) })).collect();
+        let mut cpr = json!({ "mode": self.mode, "generation": self.generation, "phases": phases });
+        if let Some(ns) = report.blackout_ns {
+            cpr["blackout-us"] = us(ns);
+        }
+        info.insert("cpr".into(), cpr);
+    }
+}

@@ -1,0 +1,250 @@
+//! From the command line to a running program: a cold boot, or the target of an update.
+//!
+//! The order matters for both. What a previous program left is received before anything is opened; the machine is
+//! built before the state is read; and until the commit nothing is printed or read, so that another program can still
+//! take the guest back.
+
+use std::ffi::OsString;
+use std::fs::File;
+use std::process::ExitCode;
+use std::sync::Arc;
+
+use anyhow::{Context, bail};
+use cpr_core::{FdKind, FdPolicy, FdRegistry, Incoming, Services, Stamp};
+use cpr_exec::{ExecArrival, MainChannel};
+use oslib::signals::{self, SignalFd, SignalMask};
+use vmm_core::boot::{self, BootRequest, Entry, KernelImage};
+use vmm_core::machine::{Machine, MachineConfig};
+use vmm_core::memory::{Backend, BackendConfig, BackendKind, GuestRam};
+use vmm_core::payload;
+
+use crate::app::{self, App, BlackoutObserver, EarlyState, Exit, FrontEnd, Parts, RunState, User};
+use crate::chardev::{self, Chardev};
+use crate::cli::config::{self, Config, MemoryBackend, MonitorKind};
+use crate::cli::{self, Invocation};
+use crate::monitor::mux::Mux;
+use crate::trace;
+
+/// An update that this program is the target of, until the guest is taken over.
+pub struct Arriving {
+    pub(crate) exec: ExecRest,
+    pub(crate) incoming: Incoming,
+    /// Where the source wrote the main frame.
+    pub(crate) main: MainChannel,
+}
+
+/// What remains of an [`ExecArrival`] once the core has taken its part.
+pub struct ExecRest {
+    pub(crate) keeper: Option<cpr_exec::KeeperEnd>,
+    pub(crate) source: cpr_exec::MainReader,
+}
+
+/// Signals that end the program in good order.
+const ENDING: SignalMask = SignalMask::of(&[SIGHUP, SIGINT, SIGTERM]);
+/// Signals that are blocked without being waited for: setting a terminal's modes from the background must not stop us.
+const IGNORED: SignalMask = SignalMask::of(&[SIGTTOU]);
+const SIGHUP: i32 = 1;
+const SIGINT: i32 = 2;
+const SIGTERM: i32 = 15;
+const SIGTTOU: i32 = 22;
+
+/// Runs the program with these arguments (without the program's own name).
+pub fn main(args: impl IntoIterator<Item = OsString>) -> ExitCode {
+    let started_ns = oslib::clock::monotonic_ns();
+    match try_main(args, started_ns) {
+        Ok(code) => code,
+        Err(error) => {
+            eprintln!("cpr-vmm: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn try_main(args: impl IntoIterator<Item = OsString>, started_ns: u64) -> anyhow::Result<ExitCode> {
+    let arrival = cpr_exec::receive()?;
+    if let Some(arrival) = &arrival {
+        arrival.arrival.control.timeline().stamp_at(Stamp::TargetStarted, started_ns);
+    }
+    let config = match cli::parse(args)? {
+        Invocation::Run(config) => *config,
+        Invocation::Help(text) | Invocation::Version(text) => {
+            print!("{text}");
+            return Ok(ExitCode::SUCCESS);
+        }
+    };
+    trace::start(&config.trace)?;
+    let mut app = start(config, arrival)?;
+    Ok(match app.run()? {
+        Exit::Fatal => ExitCode::FAILURE,
+        Exit::Quit | Exit::Signal(_) | Exit::GuestPowerOff | Exit::GuestReset => ExitCode::SUCCESS,
+    })
+}
+
+fn start(config: Config, arrival: Option<ExecArrival>) -> anyhow::Result<App> {
+    let (signals, original_mask) = handle_signals(arrival.as_ref())?;
+    let mut services = Services::default();
+    let (arriving, early) = match arrival {
+        Some(arrival) => receive(&mut services, arrival).map(|(arriving, early)| (Some(arriving), Some(early)))?,
+        None if config.incoming.is_some() => {
+            bail!("-incoming: this program was not started by an update, so there is no guest to take over")
+        }
+        None => (None, None),
+    };
+    let result = build(config, services, signals, original_mask, arriving, early);
+    result.and_then(|mut app| {
+        app.begin()?;
+        Ok(app)
+    })
+}
+
+fn build(
+    config: Config,
+    services: Services,
+    signals: SignalFd,
+    original_mask: SignalMask,
+    arriving: Option<Arriving>,
+    early: Option<EarlyState>,
+) -> anyhow::Result<App> {
+    if let Some(path) = &config.pidfile {
+        std::fs::write(path, format!("{}\n", std::process::id()))
+            .with_context(|| format!("-pidfile: cannot write {}", path.display()))?;
+    }
+    let memory = open_memory(&config.memory, &services.registry, arriving.is_some())?;
+    let ram = GuestRam::map(&memory)?;
+    let (mut states, settings, named_fds) = match early {
+        Some(EarlyState { chardevs, settings, named_fds }) => {
+            (chardevs, settings, app::find_named_fds(&named_fds, &services.registry))
+        }
+        None => Default::default(),
+    };
+    let (mut chardevs, mut front_ends) = (Vec::new(), Vec::new());
+    for chardev_config in &config.chardevs {
+        let at = states.iter().position(|(state, _)| state.id() == chardev_config.id);
+        let (chardev_state, users_state) = at.map(|at| states.swap_remove(at)).unzip();
+        let took_over = chardev_state.is_some();
+        let chardev = Chardev::open(chardev_config, &services.registry, chardev_state)?;
+        let mut front_end = front_end(chardev_config, &config)?;
+        if let Some(state) = users_state {
+            front_end.restore(chardev.id(), state, &services.registry);
+        }
+        if chardev.is_connected() && !took_over {
+            front_end.connect(chardev.id());
+        }
+        chardevs.push(chardev);
+        front_ends.push(front_end);
+    }
+    let serial = config.serial.as_ref().and_then(|id| chardevs.iter().find(|chardev| chardev.id() == id));
+    let output = serial.map(|chardev| chardev.output().clone()).unwrap_or_default();
+    let observer = Arc::new(BlackoutObserver::default());
+    let machine = Machine::new(MachineConfig {
+        ram: ram.clone(),
+        vcpus: config.cpus.into(),
+        serial: Box::new(output),
+        observer: observer.clone(),
+    })?;
+    if let Some(arriving) = &arriving {
+        arriving.incoming.control().timeline().stamp(Stamp::Built);
+    }
+    let run_state = if arriving.is_some() { RunState::InMigrate } else { RunState::Prelaunch };
+    App::new(Parts {
+        config,
+        services,
+        memory,
+        ram,
+        machine,
+        observer,
+        signals,
+        original_mask,
+        chardevs,
+        front_ends,
+        settings,
+        named_fds,
+        run_state,
+        arriving,
+    })
+}
+
+/// Lets the main loop wait for signals. In the target every signal is blocked until here; a SIGTERM that came
+/// meanwhile is handled once the guest runs.
+fn handle_signals(arrival: Option<&ExecArrival>) -> anyhow::Result<(SignalFd, SignalMask)> {
+    let original = match arrival {
+        Some(arrival) => arrival.signal_mask,
+        None => signals::current()?,
+    };
+    signals::block(SignalMask::from_bits(ENDING.bits() | IGNORED.bits()))?;
+    let fd = SignalFd::new(ENDING)?;
+    signals::set_mask(SignalMask::from_bits(original.bits() | ENDING.bits() | IGNORED.bits()))?;
+    Ok((fd, original))
+}
+
+fn receive(services: &mut Services, arrival: ExecArrival) -> anyhow::Result<(Arriving, EarlyState)> {
+    let ExecArrival { arrival, main, keeper, source, .. } = arrival;
+    let mut incoming = Incoming::begin(services, arrival)?;
+    let early = app::take_early_state(incoming.early())?;
+    Ok((Arriving { exec: ExecRest { keeper, source }, incoming, main }, early))
+}
+
+fn open_memory(config: &config::MemoryConfig, registry: &FdRegistry, arriving: bool) -> anyhow::Result<Backend> {
+    let kind = match &config.backend {
+        MemoryBackend::Memfd { share, hugetlb } => {
+            let hugetlb = hugetlb.map(|pages| pages.page_bytes.unwrap_or(DEFAULT_HUGE_PAGE));
+            BackendKind::Memfd { share: *share, hugetlb }
+        }
+        MemoryBackend::File { path, share } => BackendKind::File { path: path.clone(), share: *share },
+        MemoryBackend::Ram { share } => BackendKind::Ram { share: *share },
+    };
+    let fd_kind = if matches!(kind, BackendKind::File { .. }) { FdKind::Other } else { FdKind::Memfd };
+    let backend = BackendConfig { id: config.id.clone(), size: config.size_bytes, kind };
+    if arriving {
+        let Some(fd) = registry.find::<File>(&config.id, 0) else {
+            bail!(
+                "guest RAM '{}' did not arrive with the update; the command line must name the memory backend as \
+                 the previous program's did",
+                config.id
+            );
+        };
+        return Ok(Backend::adopt(backend, fd)?);
+    }
+    let backend = Backend::create(backend)?;
+    if let (Some(fd), None) = (backend.fd(), backend.in_place_obstacle()) {
+        registry.save(&config.id, 0, fd_kind, FdPolicy::MustSurvive, fd)?;
+    }
+    Ok(backend)
+}
+
+/// The page size of `hugetlb=on` without a size.
+const DEFAULT_HUGE_PAGE: u64 = 2 << 20;
+
+fn front_end(chardev: &config::ChardevConfig, config: &Config) -> anyhow::Result<FrontEnd> {
+    let mut users = Vec::new();
+    if config.serial.as_ref() == Some(&chardev.id) {
+        users.push(User::Serial(Default::default()));
+    }
+    for monitor in config.monitors.iter().filter(|monitor| monitor.chardev == chardev.id) {
+        users.push(match monitor.kind {
+            MonitorKind::Hmp => User::Hmp(None),
+            MonitorKind::Qmp => User::Qmp(None),
+        });
+    }
+    chardev::check_users(chardev, users.len())?;
+    let mux = chardev.mux.then(|| Mux::new(u8::try_from(users.len()).unwrap_or(u8::MAX)));
+    Ok(FrontEnd { users, mux })
+}
+
+/// Loads what the guest boots into its RAM.
+///
+/// # Errors
+/// The kernel or initrd cannot be loaded; the error names the file.
+pub fn load_kernel(config: &Config, ram: &GuestRam) -> anyhow::Result<Entry> {
+    let kernel = match &config.boot.kernel {
+        Some(path) => KernelImage::Path(path.clone()),
+        None => KernelImage::BuiltIn { name: "the built-in payload", bytes: payload::ELF },
+    };
+    let request = BootRequest {
+        kernel,
+        initrd: config.boot.initrd.clone(),
+        cmdline: config.boot.append.as_deref().unwrap_or_default(),
+        vcpus: config.cpus.into(),
+    };
+    Ok(boot::load(ram.memory(), &request)?)
+}

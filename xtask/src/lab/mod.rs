@@ -1,0 +1,275 @@
+//! The nested lab: tests of whole machines against an ordinary KVM, on any Debian machine and without KVM of its own.
+//!
+//! ```text
+//! this machine      QEMU with TCG, out of a Debian root in the cache
+//! └─ L1             Debian's kernel with kvm_amd: a real /dev/kvm, an IOMMU, VFIO
+//!    └─ command     usually a libtest binary; it starts $CPR_VMM
+//!       └─ L2       a stock Debian kernel, its shell on the serial line, guest-agent in /bin
+//! ```
+//!
+//! [`run`] brings a command into L1 and its output and exit status back; [`shell`] gives a prompt there. The first call
+//! builds the lab (`build`) into the cache (`cache`); each run puts its own files into an initramfs (`initramfs`) and
+//! boots a fresh machine (`machine`).
+//!
+//! What the command finds in L1: its files in `/lab`, which is also its working directory; `/tmp`; loopback; kvm loaded,
+//! other modules by `modprobe`; QEMU as `qemu-system-x86_64`, for comparison; and these variables:
+//!
+//! | variable | what |
+//! |---|---|
+//! | `CPR_LAB` | `1` |
+//! | `CPR_VMM` | path of our release binary |
+//! | `CPR_LAB_KERNEL`, `CPR_LAB_BZIMAGE` | the L2 kernel, as an ELF file and as a bzImage |
+//! | `CPR_LAB_INITRD` | the L2 initramfs |
+//! | `CPR_LAB_APPEND` | a kernel command line for L2 |
+//! | `CPR_LAB_PROMPT` | the prompt of the L2 shell |
+//! | `CPR_LAB_OUT` | a folder; what is left in it comes back as `artifacts.tar` among the logs |
+//! | `CPR_LAB_LIMIT` | seconds until the command is ended |
+//!
+//! The lab refuses to guess: where it cannot be built it reports [`Outcome::Skipped`] with the reason, never a pass.
+
+mod build;
+mod cache;
+mod cargo;
+mod cpio;
+mod host;
+mod initramfs;
+mod kernel;
+mod machine;
+mod steps;
+
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+use std::time::{Duration, Instant};
+
+use anyhow::{Result, ensure};
+
+pub(crate) use cargo::{release_program, test_binary};
+
+use build::Build;
+use cache::Cache;
+use machine::End;
+use steps::{last_lines, step};
+
+/// The prompt of the shell in L2: nothing else prints it.
+pub const PROMPT: &str = "guest-ready# ";
+
+/// A kernel command line for L2. The TSC checks, mitigations and messages cost much under emulation, and earlyprintk is
+/// what makes an emulated guest crawl. With `ECHO=1` added the shell echoes, for people.
+pub const L2_APPEND: &str = "console=ttyS0 quiet tsc=reliable no_timer_check mitigations=off";
+
+/// What the command has less than the machine: time to tell the end, and for us to fetch it.
+const GRACE: Duration = Duration::from_secs(20);
+
+/// A file that a run brings to L1.
+#[derive(Debug, Clone)]
+pub struct LabFile {
+    /// Where it is here.
+    pub from: PathBuf,
+    /// Its name in `/lab`; no slashes. It is executable there.
+    pub name: String,
+}
+
+/// One run of the lab.
+#[derive(Debug, Clone)]
+pub struct LabOptions {
+    /// Our release binary; it becomes `/lab/cpr-vmm`.
+    pub vmm: Option<PathBuf>,
+    /// Further files.
+    pub files: Vec<LabFile>,
+    /// The command and its arguments, started in `/lab`. Not used by [`shell`].
+    pub command: Vec<String>,
+    /// Further variables of the command's environment.
+    pub environment: Vec<(String, String)>,
+    /// When the machine is ended, whatever it does; the command is ended 20 seconds earlier.
+    pub time_limit: Duration,
+    /// RAM of L1, in MiB. It is taken from this machine as L1 touches it.
+    pub memory_mib: u32,
+    /// CPUs of L1, each a thread of QEMU.
+    pub cpus: u32,
+}
+
+impl Default for LabOptions {
+    fn default() -> Self {
+        Self {
+            vmm: None,
+            files: Vec::new(),
+            command: Vec::new(),
+            environment: Vec::new(),
+            time_limit: Duration::from_secs(15 * 60),
+            memory_mib: 6144,
+            cpus: 2,
+        }
+    }
+}
+
+impl LabOptions {
+    /// Runs a libtest binary, as [`test_binary`] finds it, with `arguments` (filters, `--nocapture`) against `vmm`.
+    pub fn for_test(vmm: PathBuf, test: PathBuf, arguments: &[String]) -> Self {
+        let mut command = vec!["./test".to_owned()];
+        command.extend_from_slice(arguments);
+        Self { vmm: Some(vmm), files: vec![LabFile { from: test, name: "test".into() }], command, ..Self::default() }
+    }
+}
+
+/// How a run of the lab ended.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Outcome {
+    /// The command ended with status 0.
+    Passed,
+    /// It ended with another status, or L1 did not live to tell; the text says which.
+    Failed(String),
+    /// The lab cannot be built on this machine, for this reason.
+    Skipped(String),
+}
+
+/// What [`run`] has to tell.
+#[derive(Debug, Clone)]
+pub struct LabReport {
+    /// How it ended.
+    pub outcome: Outcome,
+    /// From the start of L1 to the start of the command, if it came that far.
+    pub boot: Option<Duration>,
+    /// The whole run, without the build of the lab.
+    pub total: Duration,
+    /// Where the logs are, if there was a run.
+    pub logs: Option<PathBuf>,
+}
+
+impl LabReport {
+    fn skipped(reason: String) -> Self {
+        eprintln!("lab: skipped: unavailable: {reason}");
+        Self { outcome: Outcome::Skipped(reason), boot: None, total: Duration::ZERO, logs: None }
+    }
+
+    /// Whether the run counts as a failure. A skipped one does not; the caller names it.
+    pub fn is_failure(&self) -> bool {
+        matches!(self.outcome, Outcome::Failed(_))
+    }
+}
+
+/// Runs a command in L1, its output copied to our stdout as it comes, progress told on stderr.
+///
+/// # Errors
+/// The lab could not be built or QEMU not be started. What goes wrong in L1 is [`Outcome::Failed`].
+pub fn run(options: &LabOptions) -> Result<LabReport> {
+    ensure!(!options.command.is_empty(), "no command to run in the lab");
+    let cache = Cache::open()?;
+    let Some(build) = available_build(&cache)? else {
+        return Ok(LabReport::skipped(host::obstacle().unwrap_or_default()));
+    };
+    let (dir, initrd) = prepare(&cache, &build, options, Some(&options.command))?;
+
+    eprintln!("lab: L1 starts; limit {} s, logs in {}", options.time_limit.as_secs(), dir.display());
+    let begin = Instant::now();
+    let ended = machine::run(&build, &dir, &initrd, options)?;
+    let total = begin.elapsed();
+    let _ = std::fs::remove_file(&initrd);
+
+    let outcome = match ended.end {
+        End::Exit(0) => Outcome::Passed,
+        End::Exit(124) => Outcome::Failed(format!(
+            "the command was ended at its limit of {} s",
+            command_limit(options.time_limit).as_secs()
+        )),
+        End::Exit(code) => Outcome::Failed(format!("the command ended with status {code}")),
+        End::Broken(why) => Outcome::Failed(why),
+    };
+    let boot = ended.boot.map_or("-".into(), |boot| format!("{:.1} s", boot.as_secs_f64()));
+    eprintln!("lab: {:.1} s, of it L1's start {boot}", total.as_secs_f64());
+    if let Outcome::Failed(why) = &outcome {
+        eprintln!("lab: failed: {why}\nlab: the end of {}:", dir.join("console.log").display());
+        eprintln!("{}", last_lines(&dir.join("console.log"), 25));
+    }
+    Ok(LabReport { outcome, boot: ended.boot, total, logs: Some(dir) })
+}
+
+/// Gives a prompt in L1; returns when it is left.
+///
+/// # Errors
+/// As [`run`]; also if the machine did not end in order.
+pub fn shell(options: &LabOptions) -> Result<LabReport> {
+    let cache = Cache::open()?;
+    let Some(build) = available_build(&cache)? else {
+        return Ok(LabReport::skipped(host::obstacle().unwrap_or_default()));
+    };
+    let mut options = options.clone();
+    for (name, value) in [("LAB_TTY_SIZE", terminal_size()), ("TERM", std::env::var("TERM").ok())] {
+        options.environment.extend(value.map(|value| (name.to_owned(), value)));
+    }
+    let (dir, initrd) = prepare(&cache, &build, &options, None)?;
+    eprintln!("lab: L1 starts; leave with exit, or with Ctrl-a x at once");
+    let begin = Instant::now();
+    machine::shell(&build, &dir, &initrd, &options)?;
+    let _ = std::fs::remove_file(&initrd);
+    Ok(LabReport { outcome: Outcome::Passed, boot: None, total: begin.elapsed(), logs: Some(dir) })
+}
+
+/// Rows and columns of the terminal on stdin, as stty(1) tells them; a serial line cannot ask.
+fn terminal_size() -> Option<String> {
+    let output = Command::new("stty").arg("size").stdin(Stdio::inherit()).stderr(Stdio::null()).output().ok()?;
+    let size = String::from_utf8(output.stdout).ok()?.trim().to_owned();
+    (output.status.success() && size != "0 0").then_some(size)
+}
+
+/// The build, made if need be; `None` if it is not there and cannot be made on this machine.
+fn available_build(cache: &Cache) -> Result<Option<Build>> {
+    if !Build::is_cached(cache) && host::obstacle().is_some() {
+        return Ok(None);
+    }
+    Build::get(cache).map(Some)
+}
+
+/// The folder of a new run and its initramfs for L1.
+fn prepare(
+    cache: &Cache,
+    build: &Build,
+    options: &LabOptions,
+    command: Option<&[String]>,
+) -> Result<(PathBuf, PathBuf)> {
+    for file in &options.files {
+        ensure!(!file.name.is_empty() && !file.name.contains('/'), "{:?} is no plain file name", file.name);
+    }
+    let agent = step("guest agent", "It is a program of xtask: see cargo's messages above.", cargo::guest_agent)?;
+    let dir = cache.new_run()?;
+    let l1 = dir.join("l1.cpio");
+    step("files of this run", "See the file named below.", || write_archives(&l1, &dir, build, &agent, options, command))?;
+    Ok((dir, l1))
+}
+
+fn write_archives(
+    l1: &Path,
+    dir: &Path,
+    build: &Build,
+    agent: &Path,
+    options: &LabOptions,
+    command: Option<&[String]>,
+) -> Result<()> {
+    let l2 = dir.join("l2.cpio");
+    initramfs::write_l2(&l2, build, agent)?;
+    initramfs::write_l1(l1, build, &l2, options, command)?;
+    Ok(std::fs::remove_file(&l2)?)
+}
+
+/// When the command is ended in L1, counted from its start.
+fn command_limit(machine_limit: Duration) -> Duration {
+    machine_limit.saturating_sub(GRACE).max(machine_limit / 2)
+}
+
+/// The variables that the command finds in L1.
+fn environment(options: &LabOptions) -> Vec<(String, String)> {
+    let mut variables: Vec<(String, String)> = [
+        ("CPR_LAB", "1"),
+        ("CPR_VMM", "/lab/cpr-vmm"),
+        ("CPR_LAB_KERNEL", "/lab/vmlinux"),
+        ("CPR_LAB_BZIMAGE", "/lab/bzImage"),
+        ("CPR_LAB_INITRD", "/lab/initrd"),
+        ("CPR_LAB_APPEND", L2_APPEND),
+        ("CPR_LAB_PROMPT", PROMPT),
+        ("CPR_LAB_OUT", "/lab/out"),
+    ]
+    .map(|(name, value)| (name.to_owned(), value.to_owned()))
+    .into();
+    variables.push(("CPR_LAB_LIMIT".into(), command_limit(options.time_limit).as_secs().max(1).to_string()));
+    variables.extend(options.environment.iter().cloned());
+    variables
+}
