@@ -95,33 +95,26 @@ struct Server {
     services: Services,
     epoll: Epoll,
     listener: Option<Arc<TcpListener>>,
-    connections: BTreeMap<u64, Connection>,
-    next_id: u64,
+    streams: BTreeMap<u64, Arc<TcpStream>>,
+    state: State,
     /// Whether clients are served. They are not between stop and resume.
     running: bool,
     update_wanted: bool,
-    /// Connections that wait for an answer to `!update`.
-    asked_by: Vec<u64>,
     /// Where the last act of this program waits for the loop.
     terminal: Option<TerminalAction>,
 }
 
-struct Connection {
-    stream: Arc<TcpStream>,
-    saved: SavedConnection,
-}
-
-/// The server's state in its own format. `cpr-core` does not look into it.
-#[derive(Serialize, Deserialize)]
-struct Saved<C> {
+/// What survives as bytes, in a format of this program's own. `cpr-core` does not look into it.
+#[derive(Default, Serialize, Deserialize)]
+struct State {
     next_id: u64,
+    connections: BTreeMap<u64, Connection>,
+    /// Connections that wait for an answer to `!update`.
     asked_by: Vec<u64>,
-    connections: Vec<C>,
 }
 
 #[derive(Default, Serialize, Deserialize)]
-struct SavedConnection {
-    id: u64,
+struct Connection {
     /// A line that is not complete yet.
     input: Vec<u8>,
     /// What the client has not taken yet.
@@ -130,7 +123,7 @@ struct SavedConnection {
     eof: bool,
 }
 
-/// Everything that an update needs of the server.
+/// Everything that an update needs of the server, in the old program and in the new one.
 impl Host for Server {
     /// There is no guest memory to lose. A VMM lists all of its RAM here, and each region names its registry entry.
     fn memory(&self) -> Vec<MemoryRegion> {
@@ -149,26 +142,22 @@ impl Host for Server {
     }
 
     fn save(&mut self, state: &mut StateWriter) -> Result<(), BoxError> {
-        let connections = self.connections.values().map(|connection| &connection.saved).collect();
-        let saved = Saved { next_id: self.next_id, asked_by: self.asked_by.clone(), connections };
-        Ok(state.main.put("echo/server", 0, 1, serde_json::to_vec(&saved)?)?)
+        Ok(state.main.put("echo/server", 0, 1, serde_json::to_vec(&self.state)?)?)
     }
 
-    /// The counterpart, in the next program: state from the section, descriptors from the registry. Until the commit
-    /// it must not read from them, or the state would be wrong if the update were refused after all.
+    /// The counterpart, in the new program: state from the section, descriptors from the registry. Until the commit it
+    /// must not read from them, or the state would be wrong if the update were refused after all.
     fn load(&mut self, main: &mut Frame) -> Result<(), BoxError> {
         let section = main.require("echo/server", 0)?;
         if section.version != 1 {
             return Err(format!("state section 'echo/server' has version {}", section.version).into());
         }
-        let saved: Saved<SavedConnection> = serde_json::from_slice(&section.body)?;
-        (self.next_id, self.asked_by) = (saved.next_id, saved.asked_by);
-        let listener = self.services.registry.find("echo/listener", 0).ok_or("the listener is missing")?;
-        self.listen(listener)?;
-        for saved in saved.connections {
-            let found = self.services.registry.find("echo/connection", saved.id);
-            let stream = found.ok_or_else(|| format!("connection {} is missing", saved.id))?;
-            self.add(Connection { stream, saved })?;
+        self.state = serde_json::from_slice(&section.body)?;
+        let registry = self.services.registry.clone();
+        self.listen(registry.find("echo/listener", 0).ok_or("the listener is missing")?)?;
+        for id in self.state.connections.keys().copied().collect::<Vec<_>>() {
+            let stream = registry.find("echo/connection", id);
+            self.watch(id, stream.ok_or_else(|| format!("connection {id} is missing"))?)?;
         }
         Ok(())
     }
@@ -184,11 +173,10 @@ impl Server {
             services,
             epoll: Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC)?,
             listener: None,
-            connections: BTreeMap::new(),
-            next_id: FIRST_CONNECTION,
+            streams: BTreeMap::new(),
+            state: State { next_id: FIRST_CONNECTION, ..State::default() },
             running: false,
             update_wanted: false,
-            asked_by: Vec::new(),
             terminal: None,
         })
     }
@@ -199,124 +187,107 @@ impl Server {
         Ok(())
     }
 
-    /// Step 1: whoever opens a descriptor that must survive enters it in the registry, under a name that the next
+    /// Step 1: whoever opens a descriptor that must survive enters it in the registry, under a name that the new
     /// program knows. The entry goes away with the `Arc`, so there is nothing to do when a connection ends.
     fn accept(&mut self) -> Result<(), BoxError> {
-        let Some(listener) = &self.listener else { return Ok(()) };
-        let stream = match listener.accept() {
-            Ok((stream, _)) => Arc::new(stream),
-            Err(error) if matches!(error.kind(), ErrorKind::WouldBlock | ErrorKind::ConnectionAborted) => {
-                return Ok(());
-            }
-            Err(error) => return Err(error.into()),
+        let Some(Ok((stream, _))) = self.listener.as_ref().map(|listener| listener.accept()) else {
+            return Ok(());
         };
         stream.set_nonblocking(true)?;
-        let id = self.next_id;
-        self.next_id += 1;
+        let (id, stream) = (self.state.next_id, Arc::new(stream));
+        self.state.next_id += 1;
         let (kind, policy) = (FdKind::Socket, FdPolicy::MustSurvive);
         self.services.registry.save("echo/connection", id, kind, policy, &stream)?;
-        self.add(Connection { stream, saved: SavedConnection { id, ..SavedConnection::default() } })?;
+        self.state.connections.insert(id, Connection::default());
+        Ok(self.watch(id, stream)?)
+    }
+
+    fn watch(&mut self, id: u64, stream: Arc<TcpStream>) -> io::Result<()> {
+        self.epoll.add(&*stream, self.state.connections[&id].interest(id))?;
+        self.streams.insert(id, stream);
         Ok(())
     }
 
-    fn add(&mut self, connection: Connection) -> io::Result<()> {
-        self.epoll.add(&*connection.stream, connection.interest())?;
-        self.connections.insert(connection.saved.id, connection);
-        Ok(())
-    }
-
-    /// Moves what can be moved, or forgets the connection.
+    /// Moves what can be moved. A connection that broke, or has nothing left to say, is forgotten.
     fn serve(&mut self, id: u64) {
-        let Some(connection) = self.connections.get_mut(&id) else { return };
-        let lines = match connection.transfer() {
-            Ok(lines) => lines,
-            Err(_) => return self.forget(id),
+        let served = self.receive(id).and_then(|()| self.send(id));
+        if served.is_err()
+            && let (Some(stream), _) = (self.streams.remove(&id), self.state.connections.remove(&id))
+        {
+            // Closing does not do it: while a keeper lives, it has a copy of the descriptor.
+            let _ = self.epoll.delete(&*stream);
+        }
+    }
+
+    fn receive(&mut self, id: u64) -> io::Result<()> {
+        let (Some(mut stream), Some(connection)) =
+            (self.streams.get(&id).map(|stream| &**stream), self.state.connections.get_mut(&id))
+        else {
+            return Ok(());
         };
-        for line in lines {
+        if !connection.interest(id).events().contains(EpollFlags::EPOLLIN) {
+            return Ok(());
+        }
+        let mut buffer = [0; 16 << 10];
+        match stream.read(&mut buffer) {
+            Ok(0) => connection.eof = true,
+            Ok(received) => connection.input.extend(&buffer[..received]),
+            Err(error) if error.kind() == ErrorKind::WouldBlock => {}
+            Err(error) => return Err(error),
+        }
+        while let Some(end) = connection.input.iter().position(|&byte| byte == b'\n') {
+            let line: Vec<u8> = connection.input.drain(..=end).collect();
             match line.as_slice() {
-                b"!generation\n" => self.answer(id, &format!("!generation {}", self.services.generation)),
+                b"!generation\n" => {
+                    writeln!(connection.output, "!generation {}", self.services.generation)?;
+                }
                 b"!update\n" => {
                     self.update_wanted = true;
-                    self.asked_by.push(id);
+                    self.state.asked_by.push(id);
                 }
-                line => connection_output(&mut self.connections, id, line),
+                line => connection.output.extend(line),
             }
         }
-        self.flush(id);
+        Ok(())
     }
 
-    fn flush(&mut self, id: u64) {
-        let Some(connection) = self.connections.get_mut(&id) else { return };
-        let alive = connection.send().and_then(|()| {
-            self.epoll.modify(&*connection.stream, &mut connection.interest()).map_err(io::Error::from)
-        });
-        if alive.is_err() || connection.saved.eof && connection.saved.output.is_empty() {
-            self.forget(id);
-        }
-    }
-
-    fn forget(&mut self, id: u64) {
-        if let Some(connection) = self.connections.remove(&id) {
-            // Closing is not enough: while a keeper lives, it has a copy of the descriptor.
-            let _ = self.epoll.delete(&*connection.stream);
-        }
-    }
-
-    fn answer(&mut self, id: u64, text: &str) {
-        connection_output(&mut self.connections, id, format!("{text}\n").as_bytes());
-    }
-
-    fn answer_update(&mut self, text: &str) {
-        eprintln!("echo: {text}");
-        for id in std::mem::take(&mut self.asked_by) {
-            self.answer(id, &format!("!{text}"));
-            self.flush(id);
-        }
-    }
-}
-
-fn connection_output(connections: &mut BTreeMap<u64, Connection>, id: u64, bytes: &[u8]) {
-    if let Some(connection) = connections.get_mut(&id) {
-        connection.saved.output.extend(bytes);
-    }
-}
-
-impl Connection {
-    fn interest(&self) -> EpollEvent {
-        let mut flags = EpollFlags::empty();
-        flags.set(EpollFlags::EPOLLIN, !self.saved.eof && self.saved.output.len() < MAX_UNSENT);
-        flags.set(EpollFlags::EPOLLOUT, !self.saved.output.is_empty());
-        EpollEvent::new(flags, self.saved.id)
-    }
-
-    fn send(&mut self) -> io::Result<()> {
-        while !self.saved.output.is_empty() {
-            match (&*self.stream).write(&self.saved.output) {
-                Ok(sent) => drop(self.saved.output.drain(..sent)),
+    fn send(&mut self, id: u64) -> io::Result<()> {
+        let (Some(mut stream), Some(connection)) =
+            (self.streams.get(&id).map(|stream| &**stream), self.state.connections.get_mut(&id))
+        else {
+            return Ok(());
+        };
+        while !connection.output.is_empty() {
+            match stream.write(&connection.output) {
+                Ok(sent) => drop(connection.output.drain(..sent)),
                 Err(error) if error.kind() == ErrorKind::WouldBlock => break,
                 Err(error) => return Err(error),
             }
         }
-        Ok(())
+        if connection.eof && connection.output.is_empty() {
+            return Err(ErrorKind::UnexpectedEof.into());
+        }
+        Ok(self.epoll.modify(stream, &mut connection.interest(id))?)
     }
 
-    /// Sends, then receives once, and gives the lines that are complete now.
-    fn transfer(&mut self) -> io::Result<Vec<Vec<u8>>> {
-        self.send()?;
-        if self.saved.eof || self.saved.output.len() >= MAX_UNSENT {
-            return Ok(Vec::new());
+    /// Whoever asked for the update gets exactly one answer, from this program or from the next.
+    fn answer_update(&mut self, text: &str) {
+        eprintln!("echo: {text}");
+        for id in std::mem::take(&mut self.state.asked_by) {
+            if let Some(connection) = self.state.connections.get_mut(&id) {
+                connection.output.extend(format!("!{text}\n").as_bytes());
+                self.serve(id);
+            }
         }
-        let mut buffer = [0; 16 << 10];
-        match (&*self.stream).read(&mut buffer) {
-            Ok(0) => self.saved.eof = true,
-            Ok(received) => self.saved.input.extend(&buffer[..received]),
-            Err(error) if error.kind() == ErrorKind::WouldBlock => {}
-            Err(error) => return Err(error),
-        }
-        let complete = self.saved.input.iter().rposition(|&byte| byte == b'\n').map_or(0, |at| at + 1);
-        let rest = self.saved.input.split_off(complete);
-        let complete = std::mem::replace(&mut self.saved.input, rest);
-        Ok(complete.split_inclusive(|&byte| byte == b'\n').map(<[u8]>::to_vec).collect())
+    }
+}
+
+impl Connection {
+    fn interest(&self, id: u64) -> EpollEvent {
+        let mut flags = EpollFlags::empty();
+        flags.set(EpollFlags::EPOLLIN, !self.eof && self.output.len() < MAX_UNSENT);
+        flags.set(EpollFlags::EPOLLOUT, !self.output.is_empty());
+        EpollEvent::new(flags, id)
     }
 }
 
@@ -345,10 +316,10 @@ impl Program {
         Program::new(options, server, signals::current()?, None)
     }
 
-    /// Step 7: build everything from the state, and only then commit. Up to there the old program's connections are
-    /// as they were, and any error ends this program without a byte lost to it.
+    /// Step 7: build everything from the state, and only then commit. Up to there this program has read and written
+    /// nothing, so whoever it is that goes on after an error finds the connections as the old program left them.
     fn take_over(options: Options, arrival: ExecArrival, started_ns: u64) -> Result<Program, BoxError> {
-        let mut main = arrival.main_source(arrival.main.clone());
+        let mut main = arrival.source.open(arrival.main);
         let mut services = Services::default();
         let mut incoming = Incoming::begin(&mut services, arrival.arrival)?;
         incoming.control().timeline().stamp_at(Stamp::TargetStarted, started_ns);
@@ -440,9 +411,8 @@ impl Program {
             update.control().timeline().stamp_first(Stamp::FirstExit);
         }
         match step {
-            Step::Again => EpollTimeout::ZERO,
-            // Step 4: the last act is in the slot, and the loop is about to come by.
-            Step::Terminal => EpollTimeout::ZERO,
+            // Step 4: with `Terminal` the last act is in the slot, and the loop comes by at once.
+            Step::Again | Step::Terminal => EpollTimeout::ZERO,
             // Not in this mode. With one that has a second process, the loop waits for `wait.fd` as well.
             Step::Wait(_) => EpollTimeout::from(10u8),
             Step::Finished(outcome) => {

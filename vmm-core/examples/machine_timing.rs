@@ -2,10 +2,10 @@
 //!
 //! `cargo run --release -p vmm-core --example machine_timing [ROUNDS]`. Both machines live in this process and map the
 //! same memfd; the old one is dropped outside the measured time, as the process that keeps it would do. Times are
-//! medians in microseconds; `worst` is of the sum.
+//! medians in microseconds; `sum` is from the last exit to the first entry.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
 use oslib::clock::monotonic_ns;
@@ -26,16 +26,18 @@ impl SerialSink for Nowhere {
     fn write(&mut self, _bytes: &[u8]) {}
 }
 
-/// The earliest last exit is what a guest notices as the beginning, the latest first run as the end.
+/// From the last vCPU's last exit to the last vCPU's first entry.
 #[derive(Default)]
 struct Stamps {
     last_exit: AtomicU64,
     first_run: AtomicU64,
+    first_runs: AtomicUsize,
 }
 
 impl RunObserver for Stamps {
     fn first_run(&self, _vcpu: usize) {
         self.first_run.fetch_max(monotonic_ns(), Ordering::Relaxed);
+        self.first_runs.fetch_add(1, Ordering::SeqCst);
     }
 
     fn last_exit(&self, _vcpu: usize) {
@@ -49,8 +51,21 @@ fn main() -> Result<(), Error> {
     println!();
     println!("an update's steps, median of {rounds} rounds, us");
     println!(
-        "{:>5} {:>6} | {:>6} {:>6} {:>6} {:>6} | {:>6} {:>6} {:>7} {:>6} | {:>6} {:>6} | {:>6}",
-        "vcpus", "MiB", "pause", "save", "encode", "decode", "new", "ready", "restore", "run", "sum", "worst", "bytes"
+        "{:>5} {:>6} | {:>6} {:>6} {:>6} {:>6} | {:>6} {:>6} {:>7} {:>6} | {:>6} {:>6} {:>6} | {:>6}",
+        "vcpus",
+        "MiB",
+        "pause",
+        "save",
+        "encode",
+        "decode",
+        "new",
+        "ready",
+        "restore",
+        "run",
+        "sum",
+        "best",
+        "worst",
+        "bytes"
     );
     for (vcpus, mib) in
         [(1, 256), (1, 1024), (1, 4096), (1, 8192), (2, 256), (2, 8192), (4, 256), (8, 256), (8, 8192)]
@@ -76,37 +91,47 @@ fn backend(size: u64) -> Result<Backend, Error> {
 
 /// Times the calls that `Machine::new` is made of, one after the other.
 fn building_blocks(rounds: usize) -> Result<(), Error> {
-    const NAMES: [&str; 7] =
-        ["open", "probe", "VM + irqchip", "PIT", "RAM mmap", "RAM slots (8 GiB)", "8 vCPUs, one thread"];
-    let backend = backend(8 << 30)?;
-    let mut samples = vec![Vec::new(); NAMES.len()];
-    for _ in 0..rounds {
-        let mut nth = 0;
-        let mut lap = Instant::now();
-        let mut step = || {
-            samples[nth].push(us(lap));
-            nth += 1;
-            lap = Instant::now();
-        };
-        let kvm = kvm::open()?;
-        step();
-        Capabilities::probe(&kvm)?;
-        step();
-        let vm = Arc::new(Vm::create(&kvm)?);
-        step();
-        vm.create_pit()?;
-        step();
-        let ram = GuestRam::map(&backend)?;
-        step();
-        vm.map_ram(&ram)?;
-        step();
-        let vcpus = (0..8).map(|id| vm.create_vcpu(id)).collect::<Result<Vec<_>, _>>()?;
-        step();
-        drop(vcpus);
+    const NAMES: [&str; 8] =
+        ["open", "probe", "VM", "RAM mmap", "RAM slots", "irqchip", "PIT", "8 vCPUs, one thread"];
+    println!("building blocks, us: median (best) of {rounds} rounds");
+    println!("{:>20} {:>15} {:>15} {:>15} {:>15}", "RAM in MiB", 256, 1024, 4096, 8192);
+    let mut table = vec![String::new(); NAMES.len()];
+    for mib in [256, 1024, 4096, 8192] {
+        let backend = backend(mib << 20)?;
+        let mut samples = vec![Vec::new(); NAMES.len()];
+        for _ in 0..rounds {
+            let mut nth = 0;
+            let mut lap = Instant::now();
+            let mut step = || {
+                samples[nth].push(us(lap));
+                nth += 1;
+                lap = Instant::now();
+            };
+            let kvm = kvm::open()?;
+            step();
+            Capabilities::probe(&kvm)?;
+            step();
+            let vm = Arc::new(Vm::create(&kvm)?);
+            step();
+            let ram = GuestRam::map(&backend)?;
+            step();
+            vm.map_ram(&ram)?;
+            step();
+            vm.create_irqchip()?;
+            step();
+            vm.create_pit()?;
+            step();
+            let vcpus = (0..8).map(|id| vm.create_vcpu(id)).collect::<Result<Vec<_>, _>>()?;
+            step();
+            drop(vcpus);
+        }
+        for (line, samples) in table.iter_mut().zip(&mut samples) {
+            let median = median(samples);
+            *line += &format!(" {:>15}", format!("{median:.0} ({:.0})", samples[0]));
+        }
     }
-    println!("building blocks, median of {rounds} rounds, us");
-    for (name, samples) in NAMES.iter().zip(&mut samples) {
-        println!("{name:>22} {:8.0}", median(samples));
+    for (name, line) in NAMES.iter().zip(table) {
+        println!("{name:>20}{line}");
     }
     Ok(())
 }
@@ -134,6 +159,7 @@ fn cycle(vcpus: usize, size: u64, rounds: usize) -> Result<(), Error> {
     for _ in 0..rounds {
         std::thread::sleep(Duration::from_millis(10));
         stamps.first_run.store(0, Ordering::Relaxed);
+        stamps.first_runs.store(0, Ordering::SeqCst);
         stamps.last_exit.store(0, Ordering::Relaxed);
         let mut row = Vec::new();
         let mut lap = Instant::now();
@@ -159,7 +185,9 @@ fn cycle(vcpus: usize, size: u64, rounds: usize) -> Result<(), Error> {
         step();
         bytes = wire.len();
         // The vCPUs enter the guest a moment after `run` has told them to.
-        std::thread::sleep(Duration::from_millis(2));
+        while stamps.first_runs.load(Ordering::SeqCst) < vcpus {
+            std::thread::sleep(Duration::from_micros(200));
+        }
         let gap = stamps.first_run.load(Ordering::Relaxed) - stamps.last_exit.load(Ordering::Relaxed);
         row.push(gap as f64 / 1e3);
         // Printed in another order than measured: building apart from the state's way.
@@ -168,11 +196,10 @@ fn cycle(vcpus: usize, size: u64, rounds: usize) -> Result<(), Error> {
         }
         old = new;
     }
-    let worst = columns[8].iter().copied().fold(0.0, f64::max);
     let m: Vec<f64> = columns.iter_mut().map(|column| median(column)).collect();
     println!(
-        "{vcpus:>5} {:>6} | {:>6.0} {:>6.0} {:>6.0} {:>6.0} | {:>6.0} {:>6.0} {:>7.0} {:>6.0} | {:>6.0} {worst:>6.0} | {bytes:>6}",
-        size >> 20, m[0], m[1], m[2], m[3], m[4], m[5], m[6], m[7], m[8]
+        "{vcpus:>5} {:>6} | {:>6.0} {:>6.0} {:>6.0} {:>6.0} | {:>6.0} {:>6.0} {:>7.0} {:>6.0} | {:>6.0} {:>6.0} {:>6.0} | {bytes:>6}",
+        size >> 20, m[0], m[1], m[2], m[3], m[4], m[5], m[6], m[7], m[8], columns[8][0], columns[8].last().unwrap_or(&0.0)
     );
     Ok(())
 }

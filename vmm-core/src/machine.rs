@@ -90,9 +90,10 @@ impl Machine {
             observer: config.observer,
             caps,
         };
+        vm.map_ram(&config.ram)?;
+        vm.create_irqchip()?;
         let vcpus = Vcpus::spawn(config.vcpus, &vm, &environment)?;
         vm.create_pit()?;
-        vm.map_ram(&config.ram)?;
         let line = Arc::new(KvmIrqLine::new(Arc::clone(&vm), COM1_IRQ));
         let serial = Arc::new(Serial::new(line, config.serial));
         ports.insert(COM1_PORT, COM1_LEN, "COM1", serial.clone())?;
@@ -369,6 +370,7 @@ impl Machine {
     /// Returns the state after power-on of a VM like this one whose vCPUs have these CPUID tables.
     fn pristine(&self, cpuid: &[Blob]) -> Result<(Vec<VcpuState>, crate::state::VmState), MachineError> {
         let scratch = Arc::new(Vm::create(&self.kvm)?);
+        scratch.create_irqchip()?;
         scratch.create_pit()?;
         let list = self.msr_list()?;
         let list: Vec<u32> = list.iter().copied().filter(|&index| index != vcpu::IA32_TSC).collect();

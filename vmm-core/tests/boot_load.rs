@@ -410,6 +410,24 @@ fn requests_that_fit_no_machine_are_refused() {
     assert!(matches!(load(&pieces, &built_in(&elf)), Err(BootError::RamPieces { ranges: 129, max: 128 })));
 }
 
+proptest::proptest! {
+    #[test]
+    fn damaged_images_are_loaded_or_refused_but_never_crash(
+        damage in proptest::collection::vec((0usize..0x400, proptest::prelude::any::<u8>()), 1..8),
+        len in 0usize..=2048,
+    ) {
+        let ram = ram(32);
+        for mut image in [elf(), bzimage(header())] {
+            for &(at, byte) in &damage {
+                image[at] = byte;
+            }
+            let _ = load(&ram, &built_in(&image));
+            image.truncate(len);
+            let _ = load(&ram, &built_in(&image));
+        }
+    }
+}
+
 fn assert_untouched(ram: &GuestMemoryMmap) {
     let size = 16 << 20;
     assert!(bytes_at(ram, 0, size).iter().all(|byte| *byte == 0), "a refused request wrote to RAM");
@@ -437,7 +455,8 @@ fn boot_data_does_not_overlap() {
     }
 }
 
-/// Loads kernels of distributions: `BOOT_TEST_KERNELS=vmlinuz:vmlinux cargo test -p vmm-core --test boot_load -- --ignored`
+/// Loads kernels of distributions:
+/// `BOOT_TEST_KERNELS=vmlinuz:vmlinux cargo test -p vmm-core --test boot_load -- --ignored`
 #[test]
 #[ignore = "needs real kernels, named by BOOT_TEST_KERNELS"]
 fn real_kernels_load() {

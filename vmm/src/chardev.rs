@@ -181,7 +181,11 @@ impl Chardev {
     ///
     /// # Errors
     /// It cannot be opened; the error names it.
-    pub fn open(config: &ChardevConfig, registry: &FdRegistry, state: Option<ChardevState>) -> anyhow::Result<Chardev> {
+    pub fn open(
+        config: &ChardevConfig,
+        registry: &FdRegistry,
+        state: Option<ChardevState>,
+    ) -> anyhow::Result<Chardev> {
         let id = config.id.clone();
         let output = Output::default();
         let kind = match &config.backend {
@@ -190,8 +194,14 @@ impl Chardev {
                 let mut options = OpenOptions::new();
                 options.create(true).write(true);
                 // What the previous program wrote stays; a fresh start begins a fresh file, as QEMU does.
-                if state.is_some() { options.append(true) } else { options.truncate(true) };
-                let file = options.open(path).with_context(|| format!("chardev '{id}': cannot open {}", path.display()))?;
+                if state.is_some() {
+                    options.append(true)
+                } else {
+                    options.truncate(true)
+                };
+                let file = options
+                    .open(path)
+                    .with_context(|| format!("chardev '{id}': cannot open {}", path.display()))?;
                 output.connect(Sink::File(Arc::new(file.into())), pending(state));
                 Kind::File
             }
@@ -243,13 +253,17 @@ impl Chardev {
         match &self.kind {
             Kind::Null => {}
             Kind::Stdio { input, .. } => {
-                interests.extend(input.iter().filter(|_| wants_input).map(|fd| Interest::read(fd, Token::Peer(at))));
+                interests.extend(
+                    input.iter().filter(|_| wants_input).map(|fd| Interest::read(fd, Token::Peer(at))),
+                );
             }
             Kind::Socket { listener: Some(listener), connection: None, .. } => {
                 interests.push(Interest::read(listener, Token::Accept(at)));
             }
             Kind::Socket { connection, .. } => {
-                interests.extend(connection.iter().filter(|_| wants_input).map(|fd| Interest::read(fd, Token::Peer(at))));
+                interests.extend(
+                    connection.iter().filter(|_| wants_input).map(|fd| Interest::read(fd, Token::Peer(at))),
+                );
             }
             Kind::File => {}
         }
@@ -279,7 +293,9 @@ impl Chardev {
     /// # Errors
     /// Accepting fails, or the registry refuses.
     pub fn accept(&mut self, registry: &FdRegistry) -> anyhow::Result<bool> {
-        let Kind::Socket { listener: Some(listener), connection, .. } = &mut self.kind else { return Ok(false) };
+        let Kind::Socket { listener: Some(listener), connection, .. } = &mut self.kind else {
+            return Ok(false);
+        };
         let Some(stream) = oslib::stream::accept_nonblocking(&*listener)? else { return Ok(false) };
         *connection = Some(connect_output(&self.id, stream, registry, &self.output, Vec::new())?);
         Ok(true)
@@ -300,7 +316,9 @@ impl Chardev {
         match result {
             Ok((bytes, fds)) if bytes.is_empty() && fds.is_empty() => self.closed(),
             Ok((bytes, fds)) => Input::Data(bytes, fds),
-            Err(e) if matches!(e.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::Interrupted) => Input::Nothing,
+            Err(e) if matches!(e.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::Interrupted) => {
+                Input::Nothing
+            }
             Err(_) => self.closed(),
         }
     }
@@ -325,7 +343,13 @@ impl Chardev {
             Kind::Null | Kind::File => (None, true, None),
         };
         let pending = self.output.lock().pending.iter().copied().collect();
-        ChardevState { id: self.id.clone(), path, connected, pending, original: original.map(TermiosState::from) }
+        ChardevState {
+            id: self.id.clone(),
+            path,
+            connected,
+            pending,
+            original: original.map(TermiosState::from),
+        }
     }
 
     /// Gives the terminal back as it was found, and removes the socket path. For the orderly end of the program.
@@ -414,9 +438,9 @@ fn open_socket(
         }
         return Ok(Kind::Socket { path, listener: None, connection });
     }
-    let listener: Arc<OwnedFd> =
-        registry.find_or_open(&name, LISTENER, FdKind::Socket, FdPolicy::MayBeRebuilt, || bind(&path))
-            .with_context(|| format!("chardev '{id}'"))?;
+    let listener: Arc<OwnedFd> = registry
+        .find_or_open(&name, LISTENER, FdKind::Socket, FdPolicy::MayBeRebuilt, || bind(&path))
+        .with_context(|| format!("chardev '{id}'"))?;
     if wait && connection.is_none() && !took_over {
         eprintln!("cpr-vmm: info: waiting for connection on: unix:{},server=on", path.display());
         let stream = loop {
@@ -467,7 +491,16 @@ impl From<&TermiosState> for Termios {
         for (to, from) in special.iter_mut().zip(&s.control) {
             *to = *from;
         }
-        Termios { input, output, control, local, line_discipline: s.line, special, input_speed: s.speeds[0], output_speed: s.speeds[1] }
+        Termios {
+            input,
+            output,
+            control,
+            local,
+            line_discipline: s.line,
+            special,
+            input_speed: s.speeds[0],
+            output_speed: s.speeds[1],
+        }
     }
 }
 

@@ -8,7 +8,9 @@ use std::io;
 use std::os::fd::{AsFd, AsRawFd, RawFd};
 use std::time::Duration;
 
-use event_manager::{EventManager, EventOps, EventSet, Events, MutEventSubscriber, SubscriberId, SubscriberOps};
+use event_manager::{
+    EventManager, EventOps, EventSet, Events, MutEventSubscriber, SubscriberId, SubscriberOps,
+};
 
 /// What a descriptor is to the program; given back when it is ready.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
@@ -117,7 +119,8 @@ impl EventLoop {
             return Ok(());
         }
         let mut ops = self.manager.event_ops(self.collector)?;
-        let gone: Vec<_> = self.interests.iter().filter(|&(fd, old)| next.get(fd) != Some(old)).map(|(fd, _)| *fd).collect();
+        let gone: Vec<_> =
+            self.interests.iter().filter(|&(fd, old)| next.get(fd) != Some(old)).map(|(fd, _)| *fd).collect();
         for fd in gone {
             self.interests.remove(&fd);
             self.always.retain(|(always, ..)| *always != fd);
@@ -130,7 +133,9 @@ impl EventLoop {
             }
             match ops.add(Events::new(&Fd(fd), set)) {
                 Ok(()) => {}
-                Err(event_manager::Error::Epoll(error)) if kind(&error) == io::ErrorKind::PermissionDenied => {
+                Err(event_manager::Error::Epoll(error))
+                    if kind(&error) == io::ErrorKind::PermissionDenied =>
+                {
                     self.always.push((fd, token, set));
                 }
                 Err(error) => return Err(error.into()),

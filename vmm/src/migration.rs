@@ -136,7 +136,8 @@ impl Settings {
             )));
         }
         let command = self.cpr_exec_command.iter().map(OsString::from).collect();
-        let exec = CprExec::new(command, main_channel(channel)).signal_mask(original_mask).keeper(self.keeper);
+        let exec =
+            CprExec::new(command, main_channel(channel)).signal_mask(original_mask).keeper(self.keeper);
         Ok(Box::new(exec))
     }
 }
@@ -187,9 +188,11 @@ impl Progress {
         // QEMU's keys are whole milliseconds; rounded up, so that a short blackout is not said to be none.
         let ms = |ns: u64| Value::from(ns.div_ceil(1_000_000));
         let us = |ns: u64| Value::from(ns.div_ceil(1_000));
-        for (key, ns) in
-            [("setup-time", report.prepare_ns), ("total-time", report.total_ns), ("downtime", report.blackout_ns)]
-        {
+        for (key, ns) in [
+            ("setup-time", report.prepare_ns),
+            ("total-time", report.total_ns),
+            ("downtime", report.blackout_ns),
+        ] {
             if let Some(ns) = ns {
                 info.insert(key.into(), ms(ns));
             }

@@ -84,7 +84,9 @@ fn start(config: Config, arrival: Option<ExecArrival>) -> anyhow::Result<App> {
     let (signals, original_mask) = handle_signals(arrival.as_ref())?;
     let mut services = Services::default();
     let (arriving, early) = match arrival {
-        Some(arrival) => receive(&mut services, arrival).map(|(arriving, early)| (Some(arriving), Some(early)))?,
+        Some(arrival) => {
+            receive(&mut services, arrival).map(|(arriving, early)| (Some(arriving), Some(early)))?
+        }
         None if config.incoming.is_some() => {
             bail!("-incoming: this program was not started by an update, so there is no guest to take over")
         }
@@ -184,7 +186,11 @@ fn receive(services: &mut Services, arrival: ExecArrival) -> anyhow::Result<(Arr
     Ok((Arriving { exec: ExecRest { keeper, source }, incoming, main }, early))
 }
 
-fn open_memory(config: &config::MemoryConfig, registry: &FdRegistry, arriving: bool) -> anyhow::Result<Backend> {
+fn open_memory(
+    config: &config::MemoryConfig,
+    registry: &FdRegistry,
+    arriving: bool,
+) -> anyhow::Result<Backend> {
     let kind = match &config.backend {
         MemoryBackend::Memfd { share, hugetlb } => {
             let hugetlb = hugetlb.map(|pages| pages.page_bytes.unwrap_or(DEFAULT_HUGE_PAGE));

@@ -15,8 +15,18 @@ use tracing_subscriber::prelude::*;
 use crate::cli::config::TraceConfig;
 
 /// Names that `-trace` can ask for, in the order of an update.
-pub const SPANS: &[&str] =
-    &["preflight", "prepare", "stop", "save", "hand-over", "load", "restore", "commit", "clean-up", "roll-back"];
+pub const SPANS: &[&str] = &[
+    "preflight",
+    "prepare",
+    "stop",
+    "save",
+    "hand-over",
+    "load",
+    "restore",
+    "commit",
+    "clean-up",
+    "roll-back",
+];
 
 /// Starts logging for the whole process.
 ///
@@ -58,9 +68,9 @@ fn writer(path: Option<&Path>, option: &str) -> anyhow::Result<BoxMakeWriter> {
 fn matches(pattern: &str, name: &str) -> bool {
     match pattern.split_once('*') {
         None => pattern == name,
-        Some((head, rest)) => name
-            .strip_prefix(head)
-            .is_some_and(|tail| (0..=tail.len()).any(|at| tail.is_char_boundary(at) && matches(rest, &tail[at..]))),
+        Some((head, rest)) => name.strip_prefix(head).is_some_and(|tail| {
+            (0..=tail.len()).any(|at| tail.is_char_boundary(at) && matches(rest, &tail[at..]))
+        }),
     }
 }
 

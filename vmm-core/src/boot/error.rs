@@ -168,7 +168,8 @@ pub enum KernelError {
     },
     /// The kernel needs memory where the machine has none.
     #[error(
-        "the kernel needs RAM up to {} MiB, this machine's low RAM ends at {} MiB; give the machine more RAM, or a smaller kernel",
+        "the kernel needs RAM up to {} MiB, this machine's low RAM ends at {} MiB; \
+         give the machine more RAM, or a smaller kernel",
         end.div_ceil(1 << 20), ram_end >> 20
     )]
     TooLarge {
@@ -209,7 +210,8 @@ pub enum InitrdError {
     Empty,
     /// It does not fit between the kernel and the end of what the kernel can reach.
     #[error(
-        "it has {size} bytes, between kernel and end of usable low RAM are {room}; give the machine more RAM, or a smaller initrd"
+        "it has {size} bytes, between kernel and end of usable low RAM are {room}; \
+         give the machine more RAM, or a smaller initrd"
     )]
     TooLarge {
         /// Bytes of the file.

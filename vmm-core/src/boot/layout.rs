@@ -1,8 +1,8 @@
 //! Where things are in guest-physical memory and on the I/O bus, as far as a booting kernel is told about them.
 //!
 //! The low addresses hold what only the first instructions of the kernel read; Linux keeps clear of the first 64 KiB
-//! and of the command line until it has copied them. It refuses to know devices: their ports and interrupts are where the
-//! devices are, and only the interrupt controllers, which KVM keeps, are here.
+//! and of the command line until it has copied them. It refuses to know devices: their ports and interrupts are where
+//! the devices are, and only the interrupt controllers, which KVM keeps, are here.
 
 use std::ops::Range;
 

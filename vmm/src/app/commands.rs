@@ -148,9 +148,13 @@ impl App {
                 // As QEMU: the guest runs once its state is there.
                 return Err(QmpError::generic("Guest is waiting for an incoming migration"));
             }
-            RunState::FinishMigrate => return Err(QmpError::generic("There's a migration process in progress")),
+            RunState::FinishMigrate => {
+                return Err(QmpError::generic("There's a migration process in progress"));
+            }
             RunState::InternalError => {
-                return Err(QmpError::generic("the guest cannot go on after an internal error; reset it first"));
+                return Err(QmpError::generic(
+                    "the guest cannot go on after an internal error; reset it first",
+                ));
             }
         }
         Ok(Reply::empty())

@@ -78,7 +78,11 @@ impl MachineSection {
 
     fn check(&self, other: &MachineSection) -> anyhow::Result<()> {
         if self.machine_type != other.machine_type {
-            bail!("the guest's machine type is '{}', this program has '{}'", other.machine_type, self.machine_type);
+            bail!(
+                "the guest's machine type is '{}', this program has '{}'",
+                other.machine_type,
+                self.machine_type
+            );
         }
         if self.ram_bytes != other.ram_bytes {
             bail!("the guest has {} bytes of RAM, the command line says {}", other.ram_bytes, self.ram_bytes);
@@ -126,7 +130,8 @@ impl FrontEnd {
                     offset += fds;
                 }
                 (User::Qmp(session), UserState::Qmp(saved, fds)) => {
-                    *session = saved.map(|saved| Box::new(qmp::Session::restore(saved, received(fds, offset))));
+                    *session =
+                        saved.map(|saved| Box::new(qmp::Session::restore(saved, received(fds, offset))));
                     offset += fds;
                 }
                 _ => {}
@@ -288,7 +293,8 @@ impl Host for App {
         self.progress.status = Status::Active;
         self.emit_migration_event();
         self.state_before_update = self.parts.run_state;
-        let ran = self.pause_guest(RunState::FinishMigrate, deadline.saturating_duration_since(Instant::now()))?;
+        let ran =
+            self.pause_guest(RunState::FinishMigrate, deadline.saturating_duration_since(Instant::now()))?;
         Ok(if ran { GuestActivity::Running } else { GuestActivity::Paused })
     }
 

@@ -111,7 +111,9 @@ impl App {
                 Some(Incoming::Defer) => return Ok(()),
                 Some(Incoming::Channel(channel)) => Some(channel.clone()),
                 None => {
-                    tracing::warn!("an update came in without -incoming; its state is read from where it was written");
+                    tracing::warn!(
+                        "an update came in without -incoming; its state is read from where it was written"
+                    );
                     None
                 }
             };

@@ -192,7 +192,9 @@ impl Builder {
         }
         let (serial, monitor) = (!self.serial_given, !self.monitor_given);
         let stdio = |signal| ChardevBackend::Stdio { signal };
-        let failed = |reason| ("-nographic", reason);
+        // Without -nographic all that can fail is that a -chardev took the id.
+        let option = if self.nographic { "-nographic" } else { "-chardev" };
+        let failed = |reason| (option, reason);
         if serial {
             let (backend, mux) = match (self.nographic, monitor) {
                 (true, true) => (stdio(false), true),

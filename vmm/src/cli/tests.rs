@@ -315,6 +315,7 @@ fn mistakes_are_named() {
         ),
         ("-chardev null,id=a -mon a -mon a", "-mon: character device 'a' is in use already; mux=on"),
         ("-chardev null,id=a -chardev null,id=a", "-chardev: id 'a' is taken"),
+        ("-chardev null,id=serial0", "-chardev: id 'serial0' is taken"),
         ("-chardev null", "-chardev: property 'id' is missing"),
         ("-chardev id=a", "-chardev: the backend must be named (supported: stdio, socket, file, null)"),
         ("-chardev vc,id=a", "-chardev: backend 'vc' is not supported (supported:"),

@@ -318,7 +318,10 @@ mod tests {
             })))
         );
         let text = error("migrate-set-parameters", json!({"downtime-limit": 3}));
-        assert_eq!(text, "Parameter 'downtime-limit' is unexpected (known: mode, cpr-exec-command, x-cpr-exec-keeper)");
+        assert_eq!(
+            text,
+            "Parameter 'downtime-limit' is unexpected (known: mode, cpr-exec-command, x-cpr-exec-keeper)"
+        );
         assert!(
             error("migrate-set-parameters", json!({"cpr-exec-command": "a"})).contains("array of strings")
         );

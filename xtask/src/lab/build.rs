@@ -40,6 +40,7 @@ const PACKAGES: &[&str] = &[
     "pciutils",
     "procps",
     "sed",
+    "socat",
     "strace",
     "tar",
     "util-linux",

@@ -7,12 +7,12 @@ use std::process::{Command, Stdio};
 use anyhow::{Context, Result, ensure};
 
 /// Builds the release binary `program` of `package` and tells its path.
-pub fn release_program(package: &str, program: &str) -> Result<PathBuf> {
+pub(crate) fn release_program(package: &str, program: &str) -> Result<PathBuf> {
     executable(&["build", "--release", "-p", package, "--bin", program], &[], program)
 }
 
 /// Builds the integration test `test` of `package`, in release mode, and tells the path of its binary.
-pub fn test_binary(package: &str, test: &str) -> Result<PathBuf> {
+pub(crate) fn test_binary(package: &str, test: &str) -> Result<PathBuf> {
     executable(&["test", "--release", "-p", package, "--test", test, "--no-run"], &[], test)
 }
 

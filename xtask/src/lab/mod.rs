@@ -30,6 +30,7 @@
 mod build;
 mod cache;
 mod cargo;
+mod cli;
 mod cpio;
 mod host;
 mod initramfs;
@@ -44,6 +45,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Result, ensure};
 
 pub(crate) use cargo::{release_program, test_binary};
+pub(crate) use cli::{LabArgs, lab};
 
 use build::Build;
 use cache::Cache;
@@ -51,41 +53,41 @@ use machine::End;
 use steps::{last_lines, step};
 
 /// The prompt of the shell in L2: nothing else prints it.
-pub const PROMPT: &str = "guest-ready# ";
+pub(crate) const PROMPT: &str = "guest-ready# ";
 
 /// A kernel command line for L2. The TSC checks, mitigations and messages cost much under emulation, and earlyprintk is
 /// what makes an emulated guest crawl. With `ECHO=1` added the shell echoes, for people.
-pub const L2_APPEND: &str = "console=ttyS0 quiet tsc=reliable no_timer_check mitigations=off";
+pub(crate) const L2_APPEND: &str = "console=ttyS0 quiet tsc=reliable no_timer_check mitigations=off";
 
 /// What the command has less than the machine: time to tell the end, and for us to fetch it.
 const GRACE: Duration = Duration::from_secs(20);
 
 /// A file that a run brings to L1.
 #[derive(Debug, Clone)]
-pub struct LabFile {
+pub(crate) struct LabFile {
     /// Where it is here.
-    pub from: PathBuf,
+    pub(crate) from: PathBuf,
     /// Its name in `/lab`; no slashes. It is executable there.
-    pub name: String,
+    pub(crate) name: String,
 }
 
 /// One run of the lab.
 #[derive(Debug, Clone)]
-pub struct LabOptions {
+pub(crate) struct LabOptions {
     /// Our release binary; it becomes `/lab/cpr-vmm`.
-    pub vmm: Option<PathBuf>,
+    pub(crate) vmm: Option<PathBuf>,
     /// Further files.
-    pub files: Vec<LabFile>,
+    pub(crate) files: Vec<LabFile>,
     /// The command and its arguments, started in `/lab`. Not used by [`shell`].
-    pub command: Vec<String>,
+    pub(crate) command: Vec<String>,
     /// Further variables of the command's environment.
-    pub environment: Vec<(String, String)>,
+    pub(crate) environment: Vec<(String, String)>,
     /// When the machine is ended, whatever it does; the command is ended 20 seconds earlier.
-    pub time_limit: Duration,
+    pub(crate) time_limit: Duration,
     /// RAM of L1, in MiB. It is taken from this machine as L1 touches it.
-    pub memory_mib: u32,
+    pub(crate) memory_mib: u32,
     /// CPUs of L1, each a thread of QEMU.
-    pub cpus: u32,
+    pub(crate) cpus: u32,
 }
 
 impl Default for LabOptions {
@@ -104,7 +106,7 @@ impl Default for LabOptions {
 
 impl LabOptions {
     /// Runs a libtest binary, as [`test_binary`] finds it, with `arguments` (filters, `--nocapture`) against `vmm`.
-    pub fn for_test(vmm: PathBuf, test: PathBuf, arguments: &[String]) -> Self {
+    pub(crate) fn for_test(vmm: PathBuf, test: PathBuf, arguments: &[String]) -> Self {
         let mut command = vec!["./test".to_owned()];
         command.extend_from_slice(arguments);
         Self { vmm: Some(vmm), files: vec![LabFile { from: test, name: "test".into() }], command, ..Self::default() }
@@ -113,7 +115,7 @@ impl LabOptions {
 
 /// How a run of the lab ended.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Outcome {
+pub(crate) enum Outcome {
     /// The command ended with status 0.
     Passed,
     /// It ended with another status, or L1 did not live to tell; the text says which.
@@ -124,15 +126,15 @@ pub enum Outcome {
 
 /// What [`run`] has to tell.
 #[derive(Debug, Clone)]
-pub struct LabReport {
+pub(crate) struct LabReport {
     /// How it ended.
-    pub outcome: Outcome,
+    pub(crate) outcome: Outcome,
     /// From the start of L1 to the start of the command, if it came that far.
-    pub boot: Option<Duration>,
+    pub(crate) boot: Option<Duration>,
     /// The whole run, without the build of the lab.
-    pub total: Duration,
+    pub(crate) total: Duration,
     /// Where the logs are, if there was a run.
-    pub logs: Option<PathBuf>,
+    pub(crate) logs: Option<PathBuf>,
 }
 
 impl LabReport {
@@ -142,21 +144,41 @@ impl LabReport {
     }
 
     /// Whether the run counts as a failure. A skipped one does not; the caller names it.
-    pub fn is_failure(&self) -> bool {
+    pub(crate) fn is_failure(&self) -> bool {
         matches!(self.outcome, Outcome::Failed(_))
     }
+}
+
+/// Why the lab cannot be used on this machine, or `None` if it can: it is in the cache, or can be built.
+///
+/// # Errors
+/// There is no cache folder.
+pub(crate) fn obstacle() -> Result<Option<String>> {
+    if Build::is_cached(&Cache::open()?) { Ok(None) } else { Ok(host::obstacle()) }
+}
+
+/// Builds the lab into the cache, if it is not there.
+///
+/// # Errors
+/// A step of the build failed; the error says what to do.
+pub(crate) fn prepare_build() -> Result<LabReport> {
+    let begin = Instant::now();
+    Build::get(&Cache::open()?)?;
+    eprintln!("lab: built");
+    Ok(LabReport { outcome: Outcome::Passed, boot: None, total: begin.elapsed(), logs: None })
 }
 
 /// Runs a command in L1, its output copied to our stdout as it comes, progress told on stderr.
 ///
 /// # Errors
 /// The lab could not be built or QEMU not be started. What goes wrong in L1 is [`Outcome::Failed`].
-pub fn run(options: &LabOptions) -> Result<LabReport> {
+pub(crate) fn run(options: &LabOptions) -> Result<LabReport> {
     ensure!(!options.command.is_empty(), "no command to run in the lab");
     let cache = Cache::open()?;
-    let Some(build) = available_build(&cache)? else {
-        return Ok(LabReport::skipped(host::obstacle().unwrap_or_default()));
-    };
+    if let Some(reason) = obstacle()? {
+        return Ok(LabReport::skipped(reason));
+    }
+    let build = Build::get(&cache)?;
     let (dir, initrd) = prepare(&cache, &build, options, Some(&options.command))?;
 
     eprintln!("lab: L1 starts; limit {} s, logs in {}", options.time_limit.as_secs(), dir.display());
@@ -187,11 +209,12 @@ pub fn run(options: &LabOptions) -> Result<LabReport> {
 ///
 /// # Errors
 /// As [`run`]; also if the machine did not end in order.
-pub fn shell(options: &LabOptions) -> Result<LabReport> {
+pub(crate) fn shell(options: &LabOptions) -> Result<LabReport> {
     let cache = Cache::open()?;
-    let Some(build) = available_build(&cache)? else {
-        return Ok(LabReport::skipped(host::obstacle().unwrap_or_default()));
-    };
+    if let Some(reason) = obstacle()? {
+        return Ok(LabReport::skipped(reason));
+    }
+    let build = Build::get(&cache)?;
     let mut options = options.clone();
     for (name, value) in [("LAB_TTY_SIZE", terminal_size()), ("TERM", std::env::var("TERM").ok())] {
         options.environment.extend(value.map(|value| (name.to_owned(), value)));
@@ -209,14 +232,6 @@ fn terminal_size() -> Option<String> {
     let output = Command::new("stty").arg("size").stdin(Stdio::inherit()).stderr(Stdio::null()).output().ok()?;
     let size = String::from_utf8(output.stdout).ok()?.trim().to_owned();
     (output.status.success() && size != "0 0").then_some(size)
-}
-
-/// The build, made if need be; `None` if it is not there and cannot be made on this machine.
-fn available_build(cache: &Cache) -> Result<Option<Build>> {
-    if !Build::is_cached(cache) && host::obstacle().is_some() {
-        return Ok(None);
-    }
-    Build::get(cache).map(Some)
 }
 
 /// The folder of a new run and its initramfs for L1.

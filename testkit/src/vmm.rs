@@ -1,0 +1,315 @@
+//! A `cpr-vmm` process with a QMP monitor.
+
+use std::ffi::OsString;
+use std::fs::File;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::time::Instant;
+
+use anyhow::{Context, bail, ensure};
+use serde_json::{Value, json};
+use tempfile::TempDir;
+
+use crate::{Guest, PATIENCE, Qmp};
+
+/// The `cpr-vmm` that was built beside the running test or tool, in the same profile; `TESTKIT_CPR_VMM` names another.
+pub fn binary() -> PathBuf {
+    if let Some(path) = std::env::var_os("TESTKIT_CPR_VMM") {
+        return path.into();
+    }
+    let exe = std::env::current_exe().expect("the running program has a path");
+    exe.ancestors()
+        .skip(1)
+        .map(|folder| folder.join("cpr-vmm"))
+        .find(|path| path.is_file())
+        .expect("cpr-vmm is built beside the program that uses it: cargo build -p vmm")
+}
+
+/// Ticks per second of the TSC that the payload reads, measured against CLOCK_MONOTONIC.
+pub fn payload_tsc_hz(guest: &Guest) -> f64 {
+    let read = || (guest.vcpu(0).last_tsc(), Instant::now());
+    let (from, start) = read();
+    std::thread::sleep(std::time::Duration::from_millis(100));
+    let (to, end) = read();
+    (to - from) as f64 / (end - start).as_secs_f64()
+}
+
+/// What to start.
+#[derive(Debug, Clone)]
+pub struct VmmBuilder {
+    binary: PathBuf,
+    memory: u64,
+    cpus: u8,
+    memory_args: Option<Vec<String>>,
+    extra: Vec<String>,
+    wrapper: Vec<String>,
+}
+
+impl Default for VmmBuilder {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+impl VmmBuilder {
+    /// A VM with 64 MiB of shared memfd RAM named `ram0` and one vCPU, booting the payload.
+    pub fn new() -> VmmBuilder {
+        VmmBuilder {
+            binary: binary(),
+            memory: 64 << 20,
+            cpus: 1,
+            memory_args: None,
+            extra: Vec::new(),
+            wrapper: Vec::new(),
+        }
+    }
+
+    /// Bytes of guest RAM.
+    #[must_use]
+    pub fn memory(mut self, bytes: u64) -> Self {
+        self.memory = bytes;
+        self
+    }
+
+    /// Number of vCPUs.
+    #[must_use]
+    pub fn cpus(mut self, cpus: u8) -> Self {
+        self.cpus = cpus;
+        self
+    }
+
+    /// Memory options in place of the usual memfd.
+    #[must_use]
+    pub fn memory_args(mut self, args: &[&str]) -> Self {
+        self.memory_args = Some(args.iter().map(ToString::to_string).collect());
+        self
+    }
+
+    /// Further arguments.
+    #[must_use]
+    pub fn args(mut self, args: &[&str]) -> Self {
+        self.extra.extend(args.iter().map(ToString::to_string));
+        self
+    }
+
+    /// A command that starts the VMM, such as `unshare`.
+    #[must_use]
+    pub fn wrapper(mut self, words: &[&str]) -> Self {
+        self.wrapper = words.iter().map(ToString::to_string).collect();
+        self
+    }
+
+    /// Another binary.
+    #[must_use]
+    pub fn binary(mut self, path: impl Into<PathBuf>) -> Self {
+        self.binary = path.into();
+        self
+    }
+
+    /// The machine arguments, the same for source and target, with the QMP socket in `dir`.
+    fn arguments(&self, dir: &Path) -> Vec<String> {
+        let memory = self.memory_args.clone().unwrap_or_else(|| {
+            let object = format!("memory-backend-memfd,id=ram0,size={}", self.memory);
+            ["-object", &object, "-machine", "memory-backend=ram0"].map(String::from).to_vec()
+        });
+        let qmp = format!("unix:{},server=on,wait=off", dir.join("qmp").display());
+        let mut args = vec!["-nodefaults".to_owned(), "-display".into(), "none".into()];
+        args.extend(memory);
+        args.extend(["-smp".into(), self.cpus.to_string(), "-qmp".into(), qmp]);
+        args.extend(self.extra.clone());
+        args
+    }
+
+    /// Starts the process without connecting to it; standard error goes to `stderr` in its folder.
+    ///
+    /// # Errors
+    /// It cannot be started.
+    pub fn spawn(self) -> anyhow::Result<Vmm> {
+        let dir = tempfile::Builder::new().prefix("cpr-vmm-").tempdir()?;
+        let args = self.arguments(dir.path());
+        let mut words: Vec<OsString> = self.wrapper.iter().map(OsString::from).collect();
+        words.push(self.binary.clone().into());
+        words.extend(args.iter().map(OsString::from));
+        let child = Command::new(&words[0])
+            .args(&words[1..])
+            .current_dir(dir.path())
+            .stdin(Stdio::null())
+            .stdout(File::create(dir.path().join("stdout"))?)
+            .stderr(File::create(dir.path().join("stderr"))?)
+            .spawn()
+            .with_context(|| format!("cannot start {words:?}"))?;
+        Ok(Vmm { child, dir, args, binary: self.binary, cpus: self.cpus, qmp: None, next_state: 0 })
+    }
+
+    /// Starts the process and connects QMP.
+    ///
+    /// # Errors
+    /// It does not come up; the error has its standard error.
+    pub fn start(self) -> anyhow::Result<Vmm> {
+        let mut vmm = self.spawn()?;
+        match Qmp::connect(&vmm.path("qmp")) {
+            Ok(qmp) => vmm.qmp = Some(qmp),
+            Err(error) => return Err(error.context(format!("cpr-vmm says: {}", vmm.stderr()))),
+        }
+        Ok(vmm)
+    }
+}
+
+/// A running `cpr-vmm`.
+pub struct Vmm {
+    child: Child,
+    dir: TempDir,
+    args: Vec<String>,
+    binary: PathBuf,
+    cpus: u8,
+    qmp: Option<Qmp>,
+    next_state: u32,
+}
+
+impl Vmm {
+    /// The process id.
+    pub fn pid(&self) -> u32 {
+        self.child.id()
+    }
+
+    /// A path in the VM's own folder, which is its working directory.
+    pub fn path(&self, name: &str) -> PathBuf {
+        self.dir.path().join(name)
+    }
+
+    /// The machine arguments that it was started with.
+    pub fn args(&self) -> &[String] {
+        &self.args
+    }
+
+    /// What it wrote to standard error so far.
+    pub fn stderr(&self) -> String {
+        std::fs::read_to_string(self.path("stderr")).unwrap_or_default()
+    }
+
+    /// The QMP connection.
+    ///
+    /// # Panics
+    /// If it was never made, or given away.
+    pub fn qmp(&mut self) -> &mut Qmp {
+        self.qmp.as_mut().expect("there is a QMP connection")
+    }
+
+    /// Attaches to the payload.
+    ///
+    /// # Errors
+    /// The payload does not come up.
+    pub fn guest(&self) -> anyhow::Result<Guest> {
+        Guest::attach(self.pid(), "ram0", self.cpus.into())
+            .with_context(|| format!("cpr-vmm says: {}", self.stderr()))
+    }
+
+    /// The command that replaces this VMM by another of the same machine.
+    pub fn exec_command(&self, incoming: &str) -> Vec<String> {
+        self.exec_command_of(&self.binary, incoming)
+    }
+
+    /// The same with another program.
+    pub fn exec_command_of(&self, program: &Path, incoming: &str) -> Vec<String> {
+        let mut command = vec![program.display().to_string()];
+        command.extend(self.args.clone());
+        command.extend(["-incoming".into(), incoming.into()]);
+        command
+    }
+
+    /// Sets up cpr-exec with this command.
+    ///
+    /// # Errors
+    /// QMP refuses.
+    pub fn set_exec(&mut self, command: &[String]) -> anyhow::Result<()> {
+        let arguments = json!({ "mode": "cpr-exec", "cpr-exec-command": command });
+        self.qmp().execute("migrate-set-parameters", arguments).map(drop)
+    }
+
+    /// Updates by cpr-exec through a memfd, waits until the guest's new VMM has it, and gives its `query-migrate`.
+    ///
+    /// # Errors
+    /// The update fails.
+    pub fn update(&mut self) -> anyhow::Result<Value> {
+        self.update_through("memfd:")
+    }
+
+    /// As [`update`](Self::update), through a state file.
+    ///
+    /// # Errors
+    /// The update fails.
+    pub fn update_by_file(&mut self) -> anyhow::Result<Value> {
+        self.next_state += 1;
+        let uri = format!("file:{}", self.path(&format!("state{}", self.next_state)).display());
+        self.update_through(&uri)
+    }
+
+    fn update_through(&mut self, uri: &str) -> anyhow::Result<Value> {
+        let command = self.exec_command(uri);
+        self.set_exec(&command)?;
+        self.migrate(uri)
+    }
+
+    /// Runs `migrate` and waits for its end, with what is set.
+    ///
+    /// # Errors
+    /// The update fails.
+    pub fn migrate(&mut self, uri: &str) -> anyhow::Result<Value> {
+        let before = self.generation()?;
+        self.qmp().execute("migrate", json!({ "uri": uri }))?;
+        let deadline = Instant::now() + PATIENCE;
+        loop {
+            let info = self.qmp().execute("query-migrate", json!({}))?;
+            match info["status"].as_str() {
+                Some("completed") if self.generation_of(&info) > before => return Ok(info),
+                Some("failed") => bail!("the update failed: {}", info["error-desc"]),
+                _ => ensure!(Instant::now() < deadline, "the update does not end: {info}"),
+            }
+        }
+    }
+
+    fn generation(&mut self) -> anyhow::Result<u64> {
+        let info = self.qmp().execute("query-migrate", json!({}))?;
+        Ok(self.generation_of(&info))
+    }
+
+    fn generation_of(&self, info: &Value) -> u64 {
+        info["cpr"]["generation"].as_u64().unwrap_or(0)
+    }
+
+    /// The run state.
+    ///
+    /// # Errors
+    /// QMP is gone.
+    pub fn status(&mut self) -> anyhow::Result<String> {
+        let status = self.qmp().execute("query-status", json!({}))?;
+        Ok(status["status"].as_str().unwrap_or_default().to_owned())
+    }
+
+    /// Asks it to end, and waits for a good exit.
+    ///
+    /// # Errors
+    /// It does not end, or not well.
+    pub fn quit(mut self) -> anyhow::Result<()> {
+        self.qmp().execute("quit", json!({}))?;
+        let code = self.wait_exit()?;
+        ensure!(code == Some(0), "exit code {code:?}: {}", self.stderr());
+        Ok(())
+    }
+
+    /// Waits for the end of the process; `None` if a signal ended it.
+    ///
+    /// # Errors
+    /// It goes on.
+    pub fn wait_exit(&mut self) -> anyhow::Result<Option<i32>> {
+        crate::wait_for("the end of cpr-vmm", PATIENCE, || self.child.try_wait().ok().flatten())
+            .map(|s| s.code())
+    }
+}
+
+impl Drop for Vmm {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
