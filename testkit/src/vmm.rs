@@ -261,7 +261,8 @@ impl Vmm {
         loop {
             let info = self.qmp().execute("query-migrate", json!({}))?;
             match info["status"].as_str() {
-                Some("completed") if self.generation_of(&info) > before => return Ok(info),
+                // The last vCPU may still be on its way into the guest.
+                Some("completed") if self.generation_of(&info) > before && is_over(&info) => return Ok(info),
                 Some("failed") => bail!("the update failed: {}", info["error-desc"]),
                 _ => ensure!(Instant::now() < deadline, "the update does not end: {info}"),
             }
@@ -305,6 +306,13 @@ impl Vmm {
         crate::wait_for("the end of cpr-vmm", PATIENCE, || self.child.try_wait().ok().flatten())
             .map(|s| s.code())
     }
+}
+
+/// Whether the report is whole: the phases end with the guest's resumption, if it ran at all.
+fn is_over(info: &Value) -> bool {
+    let phases = info["cpr"]["phases"].as_array();
+    let stopped = phases.is_some_and(|phases| phases.iter().any(|phase| phase["name"] == "stop"));
+    !stopped || info["cpr"].get("blackout-us").is_some()
 }
 
 impl Drop for Vmm {

@@ -10,10 +10,13 @@ use std::process::{Child, Command, ExitStatus, Stdio};
 use std::time::{Duration, Instant};
 
 /// How long anything may take.
-pub const LIMIT: Duration = Duration::from_secs(60);
+pub(crate) const LIMIT: Duration = Duration::from_secs(60);
+
+/// `O_CLOEXEC` as fdinfo shows it.
+pub(crate) const CLOEXEC: u32 = 0o2000000;
 
 /// The example, which `cargo test` builds next to the tests.
-pub fn echo_program() -> PathBuf {
+pub(crate) fn echo_program() -> PathBuf {
     let own = std::env::current_exe().unwrap();
     let path = own.ancestors().nth(2).unwrap().join("examples/echo");
     assert!(path.exists(), "{} is not built: cargo build -p cpr-exec --example echo", path.display());
@@ -21,7 +24,7 @@ pub fn echo_program() -> PathBuf {
 }
 
 /// Waits until `condition` holds.
-pub fn wait_until(what: &str, mut condition: impl FnMut() -> bool) {
+pub(crate) fn wait_until(what: &str, mut condition: impl FnMut() -> bool) {
     let deadline = Instant::now() + LIMIT;
     while !condition() {
         assert!(Instant::now() < deadline, "{what}: not within {LIMIT:?}");
@@ -30,28 +33,32 @@ pub fn wait_until(what: &str, mut condition: impl FnMut() -> bool) {
 }
 
 /// A process that is killed when the test ends, with its standard error in a file.
-pub struct Process {
-    pub child: Child,
+pub(crate) struct Process {
+    pub(crate) child: Child,
     stderr: File,
+    /// Descriptors that this test has without close-on-exec, from whoever runs it; a child has them, too.
+    inherited: Vec<i32>,
 }
 
 impl Process {
-    pub fn spawn(command: &mut Command) -> Process {
+    pub(crate) fn spawn(command: &mut Command) -> Process {
         let stderr = tempfile::tempfile().unwrap();
+        let mut inherited = oslib::process::open_fds().unwrap();
+        inherited.retain(|&fd| fd > 2 && flags(std::process::id(), fd).is_some_and(|f| f & CLOEXEC == 0));
         let child = command
             .stdin(Stdio::null())
             .stdout(Stdio::piped())
             .stderr(stderr.try_clone().unwrap())
             .spawn()
             .unwrap();
-        Process { child, stderr }
+        Process { child, stderr, inherited }
     }
 
-    pub fn pid(&self) -> u32 {
+    pub(crate) fn pid(&self) -> u32 {
         self.child.id()
     }
 
-    pub fn stderr(&mut self) -> String {
+    pub(crate) fn stderr(&mut self) -> String {
         let mut text = String::new();
         self.stderr.seek(SeekFrom::Start(0)).unwrap();
         self.stderr.read_to_string(&mut text).unwrap();
@@ -59,34 +66,32 @@ impl Process {
     }
 
     /// Waits for the end of a process that is about to end, and gives its status, output and last words.
-    pub fn end(mut self) -> (ExitStatus, String, String) {
+    pub(crate) fn end(mut self) -> (ExitStatus, String, String) {
         wait_until("the end of the process", || self.child.try_wait().unwrap().is_some());
         let mut stdout = String::new();
         self.child.stdout.take().unwrap().read_to_string(&mut stdout).unwrap();
         (self.child.wait().unwrap(), stdout, self.stderr())
     }
 
-    pub fn is_running(&mut self) -> bool {
+    pub(crate) fn is_running(&mut self) -> bool {
         self.child.try_wait().unwrap().is_none()
     }
 
-    /// Each open descriptor with its flags (octal, open(2)) as proc(5) tells them; 2000000 is close-on-exec.
-    pub fn descriptors(&self) -> Vec<(i32, String)> {
-        let flags = |fd| {
-            let info = std::fs::read_to_string(format!("/proc/{}/fdinfo/{fd}", self.pid())).unwrap();
-            info.lines().find_map(|line| line.strip_prefix("flags:")).unwrap().trim().to_owned()
-        };
-        oslib::process::open_fds_of(self.pid()).unwrap().into_iter().map(|fd| (fd, flags(fd))).collect()
+    /// Each descriptor that it opened, and the standard streams, with its flags as open(2) and proc(5) have them.
+    pub(crate) fn descriptors(&self) -> Vec<(i32, u32)> {
+        let fds = oslib::process::open_fds_of(self.pid()).unwrap();
+        let own = fds.into_iter().filter(|fd| !self.inherited.contains(fd));
+        own.filter_map(|fd| Some((fd, flags(self.pid(), fd)?))).collect()
     }
 
     /// The blocked signals, as proc(5) tells them.
-    pub fn blocked_signals(&self) -> String {
+    pub(crate) fn blocked_signals(&self) -> String {
         let status = std::fs::read_to_string(format!("/proc/{}/status", self.pid())).unwrap();
         status.lines().find_map(|line| line.strip_prefix("SigBlk:")).unwrap().trim().to_owned()
     }
 
     /// The states and names of its children, zombies included.
-    pub fn children(&self) -> Vec<String> {
+    pub(crate) fn children(&self) -> Vec<String> {
         let mut children = Vec::new();
         for entry in std::fs::read_dir("/proc").unwrap().flatten() {
             // Processes come and go while this looks.
@@ -102,6 +107,12 @@ impl Process {
     }
 }
 
+fn flags(pid: u32, fd: i32) -> Option<u32> {
+    let info = std::fs::read_to_string(format!("/proc/{pid}/fdinfo/{fd}")).ok()?;
+    let flags = info.lines().find_map(|line| line.strip_prefix("flags:"))?;
+    u32::from_str_radix(flags.trim(), 8).ok()
+}
+
 impl Drop for Process {
     fn drop(&mut self) {
         let _ = self.child.kill();
@@ -109,27 +120,34 @@ impl Drop for Process {
     }
 }
 
+/// Descriptors of a server without clients: standard streams, epoll, listener, signals.
+pub(crate) const IDLE: usize = 6;
+
 /// A running echo server.
-pub struct Echo {
-    pub process: Process,
-    pub port: u16,
+pub(crate) struct Echo {
+    pub(crate) process: Process,
+    pub(crate) port: u16,
 }
 
 impl Echo {
-    pub fn start<A: AsRef<OsStr>>(args: &[A]) -> Echo {
+    pub(crate) fn start<A: AsRef<OsStr>>(args: &[A]) -> Echo {
         let mut process = Process::spawn(Command::new(echo_program()).args(args));
         let mut line = String::new();
         BufReader::new(process.child.stdout.as_mut().unwrap()).read_line(&mut line).unwrap();
         let Ok(port) = line.trim().parse() else { panic!("{}", process.stderr()) };
-        Echo { process, port }
+        // It tells its port before its loop runs; an answer shows that all of it stands.
+        assert_eq!(connect(port).ask("!generation"), "!generation 0");
+        let echo = Echo { process, port };
+        wait_until("the end of that connection", || echo.process.descriptors().len() == IDLE);
+        echo
     }
 
-    pub fn connect(&self) -> Client {
+    pub(crate) fn connect(&self) -> Client {
         connect(self.port)
     }
 }
 
-pub fn connect(port: u16) -> Client {
+pub(crate) fn connect(port: u16) -> Client {
     let stream = TcpStream::connect((Ipv4Addr::LOCALHOST, port)).unwrap();
     stream.set_read_timeout(Some(LIMIT)).unwrap();
     stream.set_write_timeout(Some(LIMIT)).unwrap();
@@ -138,22 +156,22 @@ pub fn connect(port: u16) -> Client {
 }
 
 /// A client's end of a connection.
-pub struct Client(pub BufReader<TcpStream>);
+pub(crate) struct Client(pub(crate) BufReader<TcpStream>);
 
 impl Client {
-    pub fn send(&mut self, text: &str) {
+    pub(crate) fn send(&mut self, text: &str) {
         self.0.get_mut().write_all(text.as_bytes()).unwrap();
     }
 
     /// The next line, without its end.
-    pub fn line(&mut self) -> String {
+    pub(crate) fn line(&mut self) -> String {
         let mut line = String::new();
         self.0.read_line(&mut line).unwrap();
         assert_eq!(line.pop(), Some('\n'), "the connection ended at {line:?}");
         line
     }
 
-    pub fn ask(&mut self, line: &str) -> String {
+    pub(crate) fn ask(&mut self, line: &str) -> String {
         self.send(&format!("{line}\n"));
         self.line()
     }

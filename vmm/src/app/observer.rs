@@ -51,9 +51,9 @@ impl RunObserver for BlackoutObserver {
         let mut armed = self.armed.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(Armed { control, entries_left: Some(left) }) = &mut *armed {
             control.timeline().stamp_first(Stamp::FirstEntry);
-            control.timeline().stamp_last(Stamp::LastEntry);
             *left -= 1;
             if *left == 0 {
+                control.timeline().stamp_last(Stamp::LastEntry);
                 *armed = None;
             }
         }

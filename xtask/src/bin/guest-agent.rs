@@ -31,7 +31,9 @@ fn main() -> ExitCode {
             let cpus = thread::available_parallelism().map_or(1, usize::from);
             watch_clocks(seconds, cpus)
         }
-        (Some("clock"), Some(Ok(seconds)), Some(Ok(threads @ 1..=256))) => watch_clocks(seconds, threads as usize),
+        (Some("clock"), Some(Ok(seconds)), Some(Ok(threads @ 1..=256))) => {
+            watch_clocks(seconds, threads as usize)
+        }
         (Some("timer"), Some(Ok(seconds)), None) => watch_timer(seconds, 10),
         (Some("timer"), Some(Ok(seconds)), Some(Ok(period @ 1..))) => watch_timer(seconds, period),
         _ => {

@@ -147,46 +147,55 @@ fn key() -> String {
 
 fn make(dir: &Path, log: &Path) -> Result<()> {
     let wanted = [("mmdebstrap", "mmdebstrap"), ("mke2fs", "e2fsprogs"), ("zstd", "zstd")];
-    step("1/4 programs (mmdebstrap, mke2fs, zstd)", "Install them by hand with apt-get, then run this again.", || {
-        host::install_missing(&wanted, log)
-    })?;
+    step(
+        "1/4 programs (mmdebstrap, mke2fs, zstd)",
+        "Install them by hand with apt-get, then run this again.",
+        || host::install_missing(&wanted, log),
+    )?;
     let root = dir.join("root");
     step(
         "2/4 Debian root with QEMU and kernels (downloads about 120 MB)",
         "If a package could not be fetched: check the network and the apt sources of this machine, then run this again.",
         || bootstrap(&root, log),
     )?;
-    step("3/4 kernels and modules", "Debian may have changed its kernel packages: the recipe in xtask/src/lab/build.rs must follow.", || {
-        for directory in ["l1", "l2"] {
-            fs::create_dir(dir.join(directory))?;
-        }
-        let (l1, l2) = kernels(&root)?;
-        take_kernel(&root, &l1, &dir.join("l1"))?;
-        fs::remove_file(dir.join("l1/bzImage"))?;
-        take_kernel(&root, &l2, &dir.join("l2"))?;
-        // First, because depmod opens every module that is there.
-        trim(&root, &l1)?;
-        for version in [&l1, &l2] {
-            program_logged(&root, "usr/sbin/depmod", &["-b", path_str(&root)?, version], log)?;
-        }
-        take_modules(&root, &l1, L1_DISK_MODULES, &dir.join("l1/disk-modules"))?;
-        take_modules(&root, &l1, L1_KVM_MODULES, &dir.join("l1/kvm-modules"))?;
-        take_modules(&root, &l2, L2_MODULES, &dir.join("l2/modules"))?;
-        fs::remove_dir_all(root.join("usr/lib/modules").join(&l2))?;
-        let kernels = root.join(L1_KERNELS.trim_start_matches('/'));
-        fs::create_dir_all(&kernels)?;
-        for file in ["vmlinux", "bzImage"] {
-            fs::rename(dir.join("l2").join(file), kernels.join(file))?;
-        }
-        accounts(&root)
-    })?;
+    step(
+        "3/4 kernels and modules",
+        "Debian may have changed its kernel packages: the recipe in xtask/src/lab/build.rs must follow.",
+        || {
+            for directory in ["l1", "l2"] {
+                fs::create_dir(dir.join(directory))?;
+            }
+            let (l1, l2) = kernels(&root)?;
+            take_kernel(&root, &l1, &dir.join("l1"))?;
+            fs::remove_file(dir.join("l1/bzImage"))?;
+            take_kernel(&root, &l2, &dir.join("l2"))?;
+            // First, because depmod opens every module that is there.
+            trim(&root, &l1)?;
+            for version in [&l1, &l2] {
+                program_logged(&root, "usr/sbin/depmod", &["-b", path_str(&root)?, version], log)?;
+            }
+            take_modules(&root, &l1, L1_DISK_MODULES, &dir.join("l1/disk-modules"))?;
+            take_modules(&root, &l1, L1_KVM_MODULES, &dir.join("l1/kvm-modules"))?;
+            take_modules(&root, &l2, L2_MODULES, &dir.join("l2/modules"))?;
+            fs::remove_dir_all(root.join("usr/lib/modules").join(&l2))?;
+            let kernels = root.join(L1_KERNELS.trim_start_matches('/'));
+            fs::create_dir_all(&kernels)?;
+            for file in ["vmlinux", "bzImage"] {
+                fs::rename(dir.join("l2").join(file), kernels.join(file))?;
+            }
+            accounts(&root)
+        },
+    )?;
     step("4/4 the disk of L1", "Is there room for 1 GB in the cache folder?", || {
         let size = used_mib(&root)?;
         let mut mke2fs = Command::new("mke2fs");
         mke2fs.env("PATH", "/usr/sbin:/sbin:/usr/bin:/bin");
         // Mounted read-only only: no journal, no room to grow.
         mke2fs.args(["-q", "-t", "ext4", "-O", "^has_journal", "-m", "0", "-L", "lab", "-d"]);
-        run_logged(mke2fs.arg(&root).arg(dir.join("disk.img")).arg(format!("{}M", size + size / 8 + 64)), log)?;
+        run_logged(
+            mke2fs.arg(&root).arg(dir.join("disk.img")).arg(format!("{}M", size + size / 8 + 64)),
+            log,
+        )?;
         // On the host the root is there for QEMU; what only L1 needs is on the disk now.
         fs::remove_dir_all(root.join("usr/lib/modules"))?;
         Ok(fs::remove_dir_all(root.join(L1_KERNELS.trim_start_matches('/')))?)
@@ -217,15 +226,21 @@ fn kernels(root: &Path) -> Result<(String, String)> {
         .filter_map(|entry| entry.ok()?.file_name().into_string().ok())
         .collect();
     let (cloud, generic): (Vec<_>, Vec<_>) = names.iter().partition(|name| name.contains("cloud"));
-    ensure!(cloud.len() == 1 && generic.len() == 1, "one generic and one cloud kernel expected, found {names:?}");
+    ensure!(
+        cloud.len() == 1 && generic.len() == 1,
+        "one generic and one cloud kernel expected, found {names:?}"
+    );
     Ok((generic[0].clone(), cloud[0].clone()))
 }
 
 /// Moves the kernel from the root into `to` as `bzImage`, with the ELF file in it beside it as `vmlinux`.
 fn take_kernel(root: &Path, version: &str, to: &Path) -> Result<()> {
-    let places =
-        [root.join("usr/lib/modules").join(version).join("vmlinuz"), root.join(format!("boot/vmlinuz-{version}"))];
-    let image = places.iter().find(|image| image.exists()).with_context(|| format!("no vmlinuz of {version}"))?;
+    let places = [
+        root.join("usr/lib/modules").join(version).join("vmlinuz"),
+        root.join(format!("boot/vmlinuz-{version}")),
+    ];
+    let image =
+        places.iter().find(|image| image.exists()).with_context(|| format!("no vmlinuz of {version}"))?;
     let bzimage = to.join("bzImage");
     fs::rename(image, &bzimage)?;
     kernel::extract(&bzimage, &to.join("vmlinux"))
@@ -302,7 +317,10 @@ fn trim(root: &Path, l1: &str) -> Result<()> {
 /// The few files that package scripts would have made.
 fn accounts(root: &Path) -> Result<()> {
     let files = [
-        ("etc/passwd", "root:x:0:0:root:/root:/bin/bash\nnobody:x:65534:65534:nobody:/nonexistent:/usr/sbin/nologin\n"),
+        (
+            "etc/passwd",
+            "root:x:0:0:root:/root:/bin/bash\nnobody:x:65534:65534:nobody:/nonexistent:/usr/sbin/nologin\n",
+        ),
         ("etc/group", "root:x:0:\ntty:x:5:\nkvm:x:104:\nnogroup:x:65534:\n"),
         ("etc/hosts", "127.0.0.1 localhost lab\n"),
         ("etc/hostname", "lab\n"),

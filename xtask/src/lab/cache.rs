@@ -85,9 +85,8 @@ impl Cache {
     /// A new folder for the logs of one run; those of the oldest runs go away.
     pub(super) fn new_run(&self) -> Result<PathBuf> {
         let runs = self.dir.join("runs");
-        let mut numbers: Vec<u64> = fs::read_dir(&runs)?
-            .filter_map(|entry| entry.ok()?.file_name().to_str()?.parse().ok())
-            .collect();
+        let mut numbers: Vec<u64> =
+            fs::read_dir(&runs)?.filter_map(|entry| entry.ok()?.file_name().to_str()?.parse().ok()).collect();
         numbers.sort_unstable();
         let old = numbers.len().saturating_sub(RUNS_KEPT - 1);
         for number in &numbers[..old] {
@@ -99,7 +98,11 @@ impl Cache {
             let run = runs.join(number.to_string());
             match fs::create_dir(&run) {
                 Err(error) if error.kind() == std::io::ErrorKind::AlreadyExists => {}
-                made => return made.map(|()| run.clone()).with_context(|| format!("cannot create {}", run.display())),
+                made => {
+                    return made
+                        .map(|()| run.clone())
+                        .with_context(|| format!("cannot create {}", run.display()));
+                }
             }
         }
         anyhow::bail!("no free number for a run under {}", runs.display())
@@ -175,7 +178,10 @@ mod tests {
         });
         assert!(result.is_err());
         assert!(!cache.has("new"));
-        assert_eq!(fs::read_dir(&cache.dir).unwrap().filter(|e| e.as_ref().unwrap().path().is_dir()).count(), 1);
+        assert_eq!(
+            fs::read_dir(&cache.dir).unwrap().filter(|e| e.as_ref().unwrap().path().is_dir()).count(),
+            1
+        );
     }
 
     #[test]

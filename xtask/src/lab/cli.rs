@@ -5,6 +5,7 @@ use std::time::Duration;
 use anyhow::Result;
 use clap::{Args, Subcommand};
 
+use super::steps::step;
 use super::{LabOptions, LabReport, obstacle, prepare_build, release_program, run, shell, test_binary};
 
 /// The integration test of `vmm` that is written for the lab.
@@ -59,10 +60,12 @@ pub(crate) fn lab(arguments: LabArgs) -> Result<LabReport> {
         return Ok(LabReport::skipped(reason));
     }
     let task = arguments.task.unwrap_or(LabTask::Test { name: TEST.into(), arguments: Vec::new() });
-    let vmm = || release_program("vmm", "cpr-vmm");
+    let see_cargo = "See cargo's messages above.";
+    let vmm = || step("release build of cpr-vmm", see_cargo, || release_program("vmm", "cpr-vmm"));
+    let test = |name: &str| step("release build of the test", see_cargo, || test_binary("vmm", name));
     let mut options = match &task {
         LabTask::Build => return prepare_build(),
-        LabTask::Test { name, arguments } => LabOptions::for_test(vmm()?, test_binary("vmm", name)?, arguments),
+        LabTask::Test { name, arguments } => LabOptions::for_test(vmm()?, test(name)?, arguments),
         LabTask::Shell => LabOptions { vmm: Some(vmm()?), time_limit: SHELL_LIMIT, ..LabOptions::default() },
         LabTask::Run { command } => {
             LabOptions { vmm: Some(vmm()?), command: command.clone(), ..LabOptions::default() }

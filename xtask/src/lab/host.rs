@@ -35,8 +35,11 @@ pub(super) fn obstacle() -> Option<String> {
 
 /// Installs the programs among `wanted` (program, package) that are missing.
 pub(super) fn install_missing(wanted: &[(&str, &str)], log: &Path) -> Result<()> {
-    let missing: Vec<&str> =
-        wanted.iter().filter(|(program, _)| find_program(program).is_none()).map(|&(_, package)| package).collect();
+    let missing: Vec<&str> = wanted
+        .iter()
+        .filter(|(program, _)| find_program(program).is_none())
+        .map(|&(_, package)| package)
+        .collect();
     if missing.is_empty() {
         return Ok(());
     }
@@ -151,7 +154,6 @@ fn parse_list(text: &str) -> Option<DebianSource> {
     })
 }
 
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -167,7 +169,10 @@ mod tests {
                     # a comment\nTypes: deb deb-src\nURIs: http://m.example/debian/\nSuites: a b\n\
                     Components: main contrib\nSigned-By: /k.gpg\n";
         assert_eq!(parse_deb822(text), source("http://m.example/debian/", Some("/k.gpg")));
-        assert_eq!(parse_deb822("Types: deb\nURIs: http://x.example/nodejs\nSuites: n\nComponents: main\n"), None);
+        assert_eq!(
+            parse_deb822("Types: deb\nURIs: http://x.example/nodejs\nSuites: n\nComponents: main\n"),
+            None
+        );
     }
 
     #[test]

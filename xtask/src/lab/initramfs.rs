@@ -77,7 +77,8 @@ fn base(to: &Path, build: &Build, init: &str) -> Result<Archive<BufWriter<File>>
 fn add_modules<W: Write>(archive: &mut Archive<W>, dir: &str, modules: &[PathBuf]) -> Result<()> {
     archive.dir(dir)?;
     for module in modules {
-        let name = module.file_name().and_then(|name| name.to_str()).context("a module without a plain name")?;
+        let name =
+            module.file_name().and_then(|name| name.to_str()).context("a module without a plain name")?;
         archive.file(&format!("{dir}/{name}"), 0o644, &read(module)?)?;
     }
     Ok(())

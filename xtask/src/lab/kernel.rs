@@ -17,7 +17,8 @@ const ZSTD_MAGIC: [u8; 4] = [0x28, 0xb5, 0x2f, 0xfd];
 /// Writes the ELF kernel inside `bzimage` to `vmlinux`.
 pub(super) fn extract(bzimage: &Path, vmlinux: &Path) -> Result<()> {
     let image = std::fs::read(bzimage).with_context(|| format!("cannot read {}", bzimage.display()))?;
-    let payload = payload(&image).with_context(|| format!("{} is no kernel we can open", bzimage.display()))?;
+    let payload =
+        payload(&image).with_context(|| format!("{} is no kernel we can open", bzimage.display()))?;
     let out =
         std::fs::File::create(vmlinux).with_context(|| format!("cannot create {}", vmlinux.display()))?;
     let mut zstd = Command::new("zstd")

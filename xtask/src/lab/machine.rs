@@ -104,7 +104,14 @@ fn machine(qemu: &mut Command, build: &Build, dir: &Path, initrd: &Path, options
     let disk = build.disk();
     let disk = disk.to_str().context("the cache folder's name is not UTF-8")?.replace(',', ",,");
     qemu.args(["-nodefaults", "-no-user-config", "-no-reboot", "-display", "none"])
-        .args(["-machine", "q35,kernel-irqchip=split", "-accel", "tcg,thread=multi,tb-size=1024", "-cpu", "max"])
+        .args([
+            "-machine",
+            "q35,kernel-irqchip=split",
+            "-accel",
+            "tcg,thread=multi,tb-size=1024",
+            "-cpu",
+            "max",
+        ])
         .args(["-smp", &options.cpus.to_string(), "-m", &format!("{}M", options.memory_mib)])
         // The IOMMU of Intel beside the SVM of AMD: it is the one that remaps interrupts here.
         .args(["-device", "intel-iommu,intremap=on,caching-mode=on"])
@@ -222,7 +229,9 @@ mod tests {
     fn the_reason_of_an_early_end_is_told() {
         let dir = tempfile::tempdir().unwrap();
         let console = dir.path().join("console.log");
-        let why = |seconds| why_it_ended(Duration::from_secs(seconds), Duration::from_secs(60), &console, dir.path());
+        let why = |seconds| {
+            why_it_ended(Duration::from_secs(seconds), Duration::from_secs(60), &console, dir.path())
+        };
         assert_eq!(why(10), "L1 went off without a word");
         assert_eq!(why(60), "L1 reached the time limit of 60 s");
         fs::write(dir.path().join("qemu.log"), "qemu: warning: no peer\nno such disk\n").unwrap();

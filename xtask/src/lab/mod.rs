@@ -38,6 +38,7 @@ mod kernel;
 mod machine;
 mod steps;
 
+use std::fmt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
@@ -109,7 +110,12 @@ impl LabOptions {
     pub(crate) fn for_test(vmm: PathBuf, test: PathBuf, arguments: &[String]) -> Self {
         let mut command = vec!["./test".to_owned()];
         command.extend_from_slice(arguments);
-        Self { vmm: Some(vmm), files: vec![LabFile { from: test, name: "test".into() }], command, ..Self::default() }
+        Self {
+            vmm: Some(vmm),
+            files: vec![LabFile { from: test, name: "test".into() }],
+            command,
+            ..Self::default()
+        }
     }
 }
 
@@ -139,13 +145,33 @@ pub(crate) struct LabReport {
 
 impl LabReport {
     fn skipped(reason: String) -> Self {
-        eprintln!("lab: skipped: unavailable: {reason}");
-        Self { outcome: Outcome::Skipped(reason), boot: None, total: Duration::ZERO, logs: None }
+        Self { outcome: Outcome::Skipped(reason), boot: None, total: Duration::ZERO, logs: None }.told()
+    }
+
+    /// Itself, after its one line went to stderr.
+    fn told(self) -> Self {
+        eprintln!("lab: {self}");
+        self
     }
 
     /// Whether the run counts as a failure. A skipped one does not; the caller names it.
     pub(crate) fn is_failure(&self) -> bool {
         matches!(self.outcome, Outcome::Failed(_))
+    }
+}
+
+impl fmt::Display for LabReport {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match &self.outcome {
+            Outcome::Passed => write!(f, "passed")?,
+            Outcome::Failed(why) => write!(f, "failed: {why}")?,
+            Outcome::Skipped(reason) => return write!(f, "skipped: unavailable: {reason}"),
+        }
+        write!(f, " after {:.1} s", self.total.as_secs_f64())?;
+        if let Some(boot) = self.boot {
+            write!(f, ", of it L1's start {:.1} s", boot.as_secs_f64())?;
+        }
+        self.logs.as_ref().map_or(Ok(()), |logs| write!(f, "; logs in {}", logs.display()))
     }
 }
 
@@ -164,8 +190,7 @@ pub(crate) fn obstacle() -> Result<Option<String>> {
 pub(crate) fn prepare_build() -> Result<LabReport> {
     let begin = Instant::now();
     Build::get(&Cache::open()?)?;
-    eprintln!("lab: built");
-    Ok(LabReport { outcome: Outcome::Passed, boot: None, total: begin.elapsed(), logs: None })
+    Ok(LabReport { outcome: Outcome::Passed, boot: None, total: begin.elapsed(), logs: None }.told())
 }
 
 /// Runs a command in L1, its output copied to our stdout as it comes, progress told on stderr.
@@ -196,13 +221,11 @@ pub(crate) fn run(options: &LabOptions) -> Result<LabReport> {
         End::Exit(code) => Outcome::Failed(format!("the command ended with status {code}")),
         End::Broken(why) => Outcome::Failed(why),
     };
-    let boot = ended.boot.map_or("-".into(), |boot| format!("{:.1} s", boot.as_secs_f64()));
-    eprintln!("lab: {:.1} s, of it L1's start {boot}", total.as_secs_f64());
-    if let Outcome::Failed(why) = &outcome {
-        eprintln!("lab: failed: {why}\nlab: the end of {}:", dir.join("console.log").display());
+    if !matches!(outcome, Outcome::Passed) {
+        eprintln!("lab: the end of {}:", dir.join("console.log").display());
         eprintln!("{}", last_lines(&dir.join("console.log"), 25));
     }
-    Ok(LabReport { outcome, boot: ended.boot, total, logs: Some(dir) })
+    Ok(LabReport { outcome, boot: ended.boot, total, logs: Some(dir) }.told())
 }
 
 /// Gives a prompt in L1; returns when it is left.
@@ -229,7 +252,8 @@ pub(crate) fn shell(options: &LabOptions) -> Result<LabReport> {
 
 /// Rows and columns of the terminal on stdin, as stty(1) tells them; a serial line cannot ask.
 fn terminal_size() -> Option<String> {
-    let output = Command::new("stty").arg("size").stdin(Stdio::inherit()).stderr(Stdio::null()).output().ok()?;
+    let output =
+        Command::new("stty").arg("size").stdin(Stdio::inherit()).stderr(Stdio::null()).output().ok()?;
     let size = String::from_utf8(output.stdout).ok()?.trim().to_owned();
     (output.status.success() && size != "0 0").then_some(size)
 }
@@ -244,10 +268,13 @@ fn prepare(
     for file in &options.files {
         ensure!(!file.name.is_empty() && !file.name.contains('/'), "{:?} is no plain file name", file.name);
     }
-    let agent = step("guest agent", "It is a program of xtask: see cargo's messages above.", cargo::guest_agent)?;
+    let agent =
+        step("guest agent", "It is a program of xtask: see cargo's messages above.", cargo::guest_agent)?;
     let dir = cache.new_run()?;
     let l1 = dir.join("l1.cpio");
-    step("files of this run", "See the file named below.", || write_archives(&l1, &dir, build, &agent, options, command))?;
+    step("files of this run", "See the file named below.", || {
+        write_archives(&l1, &dir, build, &agent, options, command)
+    })?;
     Ok((dir, l1))
 }
 
