@@ -4,6 +4,7 @@
 //! ([`Event::RolledBack`], [`Event::Abandoned`]) go out in exactly the reverse order, and only to those who were
 //! told of the beginning. Callbacks run on the thread that steps the update.
 
+use std::collections::BTreeMap;
 use std::fmt;
 use std::sync::{Arc, Mutex, Weak};
 
@@ -175,7 +176,8 @@ impl Notifier {
 /// end.
 #[derive(Default)]
 pub(crate) struct Told {
-    subscribers: Vec<Weak<Subscriber>>,
+    /// By rank, which no two subscribers of a notifier share.
+    subscribers: BTreeMap<(OrderClass, u64), Weak<Subscriber>>,
 }
 
 impl Told {
@@ -183,9 +185,7 @@ impl Told {
     pub(crate) fn tell_all(&mut self, notifier: &Notifier, notice: &Notice<'_>) -> Result<(), NotifyError> {
         for weak in notifier.subscribers() {
             let Some(subscriber) = weak.upgrade().filter(|s| s.modes.contains(notice.mode)) else { continue };
-            if !self.subscribers.iter().any(|known| known.ptr_eq(&weak)) {
-                self.subscribers.push(weak);
-            }
+            self.subscribers.insert(subscriber.rank(), weak);
             call(&subscriber, notice)?;
         }
         Ok(())
@@ -194,13 +194,11 @@ impl Told {
     /// Tells those who were told before and still subscribe. Endings go out in reverse order of rank and reach
     /// everybody; another event stops at the first error.
     pub(crate) fn tell_again(&self, notice: &Notice<'_>) -> Result<(), NotifyError> {
-        let mut order: Vec<_> =
-            self.subscribers.iter().filter_map(|weak| Some((weak.upgrade()?.rank(), weak))).collect();
-        order.sort_by_key(|(rank, _)| *rank);
+        let mut order: Vec<_> = self.subscribers.values().collect();
         if notice.event.is_ending() {
             order.reverse();
         }
-        for (_, weak) in order {
+        for weak in order {
             let Some(subscriber) = weak.upgrade() else { continue };
             call(&subscriber, notice)?;
         }

@@ -210,12 +210,12 @@ impl Server {
 
     /// Moves what can be moved. A connection that broke, or has nothing left to say, is forgotten.
     fn serve(&mut self, id: u64) {
-        let served = self.receive(id).and_then(|()| self.send(id));
-        if served.is_err()
-            && let (Some(stream), _) = (self.streams.remove(&id), self.state.connections.remove(&id))
-        {
-            // Closing does not do it: while a keeper lives, it has a copy of the descriptor.
-            let _ = self.epoll.delete(&*stream);
+        if self.receive(id).and_then(|()| self.send(id)).is_err() {
+            self.state.connections.remove(&id);
+            if let Some(stream) = self.streams.remove(&id) {
+                // Closing does not do it: while a keeper lives, it has a copy of the descriptor.
+                let _ = self.epoll.delete(&*stream);
+            }
         }
     }
 

@@ -12,7 +12,7 @@ use std::os::unix::ffi::OsStrExt;
 
 use bitflags::bitflags;
 use nix::errno::Errno;
-use nix::fcntl::{FcntlArg, SealFlag, fcntl};
+use nix::fcntl::{FallocateFlags, FcntlArg, SealFlag, fallocate, fcntl};
 use nix::sys::memfd::{MFdFlags, memfd_create};
 use nix::sys::stat::fstat;
 use nix::unistd::{Whence, ftruncate, lseek};
@@ -219,6 +219,18 @@ pub fn len(fd: impl AsFd) -> io::Result<u64> {
     Ok(u64::try_from(fstat(fd)?.st_size).unwrap_or(0))
 }
 
+/// Frees `range` of a file or memfd, so that it reads as zeros, in every mapping of it as well. The length stays.
+///
+/// # Errors
+/// Those of fallocate(2): `Unsupported` where the file system cannot do it, EPERM on a write-sealed memfd.
+pub fn punch_hole(fd: impl AsFd, range: Range<u64>) -> io::Result<()> {
+    let flags = FallocateFlags::FALLOC_FL_PUNCH_HOLE | FallocateFlags::FALLOC_FL_KEEP_SIZE;
+    let invalid = |_| io::Error::from(io::ErrorKind::InvalidInput);
+    let start = i64::try_from(range.start).map_err(invalid)?;
+    let len = i64::try_from(range.end.saturating_sub(range.start)).map_err(invalid)?;
+    retry::on_eintr(|| fallocate(fd.as_fd(), flags, start, len))
+}
+
 /// The byte ranges of `fd` that hold data, in order, none of them empty; everything else reads as zeros.
 ///
 /// These are the ranges to populate: populating a hole allocates it. On hugetlbfs the whole file is one range. The file
@@ -356,5 +368,18 @@ mod tests {
         assert_eq!(extents(&file).unwrap().last(), Some(&((1 << 20) - 4096..1 << 20)));
         let (socket, _other) = std::os::unix::net::UnixStream::pair().unwrap();
         assert_eq!(extents(&socket).unwrap_err().raw_os_error(), Some(libc::ESPIPE));
+    }
+
+    #[test]
+    fn a_punched_hole_reads_as_zeros() {
+        let memfd = Memfd::new("hole").len(3 << 12).seal_size().create().unwrap();
+        let file = std::fs::File::from(memfd);
+        std::os::unix::fs::FileExt::write_all_at(&file, &[7; 3 << 12], 0).unwrap();
+        punch_hole(&file, 1 << 12..2 << 12).unwrap();
+        let mut bytes = [1; 3 << 12];
+        std::os::unix::fs::FileExt::read_exact_at(&file, &mut bytes, 0).unwrap();
+        assert!(bytes[1 << 12..2 << 12].iter().all(|&b| b == 0));
+        assert!(bytes[..1 << 12].iter().chain(&bytes[2 << 12..]).all(|&b| b == 7));
+        assert_eq!(len(&file).unwrap(), 3 << 12);
     }
 }

@@ -1,3 +1,4 @@
+#![allow(unsafe_code, reason = "no crate in use here wraps sched_setscheduler")]
 //! What a process holds, as seen from outside, and a few attributes of the calling one.
 //!
 //! The questions are for leak tests and reports: descriptors, threads, memory, as `/proc` tells them (proc(5)). They say
@@ -13,6 +14,18 @@ use nix::fcntl::{FcntlArg, OFlag, fcntl};
 use nix::sys::signal::Signal;
 use nix::sys::{prctl, stat::Mode};
 use nix::unistd::{SysconfVar, sysconf};
+
+/// Schedules `pid` as an ordinary process again, if it stepped down to SCHED_IDLE (sched(7)).
+///
+/// # Errors
+/// EPERM without `CAP_SYS_NICE` or a permissive `RLIMIT_NICE`; ESRCH if there is no such process.
+pub fn schedule_normally(pid: u32) -> io::Result<()> {
+    let pid = i32::try_from(pid).map_err(|_| io::ErrorKind::InvalidInput)?;
+    let parameters = libc::sched_param { sched_priority: 0 };
+    // SAFETY: the parameters outlive the call, which only reads them.
+    nix::errno::Errno::result(unsafe { libc::sched_setscheduler(pid, libc::SCHED_OTHER, &raw const parameters) })?;
+    Ok(())
+}
 
 /// The numbers of the descriptors that this process has open, ascending.
 ///

@@ -1,7 +1,8 @@
 //! The guest as the harness sees it: its RAM, mapped through the VMM's own memfd, and the payload's mailboxes in it.
 
-use std::fs::OpenOptions;
-use std::path::PathBuf;
+use std::fs::{File, OpenOptions};
+use std::os::unix::fs::FileExt;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use anyhow::{Context, ensure};
@@ -17,6 +18,7 @@ const LOW_RAM_END: u64 = 0xc000_0000;
 /// Guest RAM and the payload in it. Stays valid over any number of updates: the memory never moves.
 pub struct Guest {
     ram: SharedMapping,
+    file: File,
 }
 
 impl GuestWords for Guest {
@@ -41,9 +43,17 @@ impl Guest {
     /// There is no such memfd, or the payload does not come up.
     pub fn attach(pid: u32, id: &str, vcpus: u64) -> anyhow::Result<Guest> {
         let path = wait_for("the guest's RAM", crate::PATIENCE, || find_memfd(pid, id))?;
-        let file = OpenOptions::new().read(true).write(true).open(&path)?;
+        Guest::attach_file(&path, vcpus)
+    }
+
+    /// The same with the file that is the guest's RAM.
+    ///
+    /// # Errors
+    /// As [`attach`](Self::attach).
+    pub fn attach_file(path: &Path, vcpus: u64) -> anyhow::Result<Guest> {
+        let file = OpenOptions::new().read(true).write(true).open(path)?;
         let len = file.metadata()?.len();
-        let guest = Guest { ram: SharedMapping::map(&file, len)? };
+        let guest = Guest { ram: SharedMapping::map(&file, len)?, file };
         let header = Header::new(&guest);
         wait_for("the payload", Duration::from_secs(60), || {
             (header.is_ready() && header.started() >= vcpus).then_some(())
@@ -64,6 +74,26 @@ impl Guest {
     /// The raw memory.
     pub fn ram(&self) -> &SharedMapping {
         &self.ram
+    }
+
+    /// The file or memfd that is the guest's RAM.
+    pub fn file(&self) -> &File {
+        &self.file
+    }
+
+    /// All of RAM as it is now. Meaningful when the guest stands still.
+    ///
+    /// # Errors
+    /// It cannot be read.
+    pub fn snapshot(&self) -> anyhow::Result<Vec<u8>> {
+        let mut bytes = vec![0; usize::try_from(self.ram.len_bytes())?];
+        self.file.read_exact_at(&mut bytes, 0)?;
+        Ok(bytes)
+    }
+
+    /// The words of the whole guest.
+    pub fn header(&self) -> Header<'_, Guest> {
+        Header::new(self)
     }
 
     /// Runs a command on vCPU 0 to its end.

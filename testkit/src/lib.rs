@@ -4,11 +4,18 @@
 //! Tests, benchmarks and `cargo xtask demo` share it. Every wait has a limit, and a [`Vmm`] that is dropped ends its
 //! process, by pid.
 
+mod console;
+mod gate;
 mod guest;
+mod measure;
+pub mod process;
 mod qmp;
 mod vmm;
 
+pub use console::{Console, Terminal, pipes};
+pub use gate::{Gate, Held};
 pub use guest::{Guest, beat_gap_us};
+pub use measure::{Meter, Through, Update, median};
 pub use qmp::{Qmp, QmpFailure};
 pub use vmm::{Vmm, VmmBuilder, binary, payload_tsc_hz};
 
@@ -30,6 +37,33 @@ pub fn wait_for<T>(what: &str, limit: Duration, mut ready: impl FnMut() -> Optio
         anyhow::ensure!(Instant::now() < end, "waited {limit:?} in vain for {what}");
         std::thread::sleep(Duration::from_micros(200));
     }
+}
+
+/// Skips the test that calls it, by name, where there is no KVM at all. The test returns a `Result`.
+#[macro_export]
+macro_rules! need_kvm {
+    () => {
+        if !$crate::kvm_is_present() {
+            eprintln!("SKIPPED {}: there is no /dev/kvm", $crate::current_test());
+            return Ok(());
+        }
+    };
+}
+
+/// Skips the test that calls it, by name and with the reason, unless the condition holds. The test returns a `Result`.
+#[macro_export]
+macro_rules! skip_unless {
+    ($condition:expr, $($reason:tt)+) => {
+        if !$condition {
+            eprintln!("SKIPPED {}: {}", $crate::current_test(), format_args!($($reason)+));
+            return Ok(());
+        }
+    };
+}
+
+/// The name of the running test, which is that of its thread.
+pub fn current_test() -> String {
+    std::thread::current().name().unwrap_or("a test").to_owned()
 }
 
 /// Whether KVM is there at all. A test that needs it reports itself as skipped, by name, if not; if it is there and

@@ -1,12 +1,14 @@
 //! A QMP client: one connection, commands with ids, events kept in order.
 
 use std::collections::VecDeque;
-use std::io::{BufRead, BufReader, Write};
+use std::io::{BufRead, BufReader, IoSlice, Write};
+use std::os::fd::{AsRawFd, BorrowedFd};
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, bail, ensure};
+use nix::sys::socket::{ControlMessage, MsgFlags, sendmsg};
 use serde_json::{Value, json};
 
 use crate::PATIENCE;
@@ -43,12 +45,21 @@ impl Qmp {
     /// # Errors
     /// Nobody listens, or it speaks no QMP.
     pub fn connect(path: &Path) -> anyhow::Result<Qmp> {
+        let mut qmp = Qmp::connect_only(path)?;
+        qmp.execute("qmp_capabilities", json!({}))?;
+        Ok(qmp)
+    }
+
+    /// Connects and reads the greeting; nothing is negotiated yet.
+    ///
+    /// # Errors
+    /// As [`connect`](Self::connect).
+    pub fn connect_only(path: &Path) -> anyhow::Result<Qmp> {
         let stream = crate::wait_for("the QMP socket", PATIENCE, || UnixStream::connect(path).ok())?;
         let reader = BufReader::new(stream.try_clone()?);
         let mut qmp = Qmp { stream, reader, line: String::new(), next_id: 0, events: VecDeque::new() };
         let greeting = qmp.read(Instant::now() + PATIENCE)?;
         ensure!(greeting.get("QMP").is_some(), "no QMP greeting: {greeting}");
-        qmp.execute("qmp_capabilities", json!({}))?;
         Ok(qmp)
     }
 
@@ -81,6 +92,31 @@ impl Qmp {
         let request = json!({ "execute": command, "arguments": arguments, "id": self.next_id });
         self.send_raw(format!("{request}\n").as_bytes())?;
         Ok(self.next_id)
+    }
+
+    /// As [`execute`](Self::execute), with descriptors that travel beside the request.
+    ///
+    /// # Errors
+    /// As [`execute`](Self::execute).
+    pub fn execute_with_fds(
+        &mut self,
+        command: &str,
+        arguments: Value,
+        fds: &[BorrowedFd<'_>],
+    ) -> anyhow::Result<Value> {
+        self.next_id += 1;
+        let request = json!({ "execute": command, "arguments": arguments, "id": self.next_id });
+        let request = format!("{request}\n");
+        let numbers: Vec<_> = fds.iter().map(AsRawFd::as_raw_fd).collect();
+        let sent = sendmsg::<()>(
+            self.stream.as_raw_fd(),
+            &[IoSlice::new(request.as_bytes())],
+            &[ControlMessage::ScmRights(&numbers)],
+            MsgFlags::empty(),
+            None,
+        )?;
+        ensure!(sent == request.len(), "the socket took {sent} of {} bytes", request.len());
+        self.reply(self.next_id).with_context(|| format!("QMP {command}"))
     }
 
     /// Sends bytes as they are.
@@ -155,6 +191,30 @@ impl Qmp {
         }
     }
 
+    /// Reads until the other end closes the connection, and gives every event since the last call that took one.
+    ///
+    /// # Errors
+    /// The connection stays open, or a reply comes that nobody asked for.
+    pub fn events_to_the_end(&mut self) -> anyhow::Result<Vec<Value>> {
+        while let Some(message) = self.try_read_to_end()? {
+            ensure!(message.get("event").is_some(), "a reply that nobody asked for: {message}");
+            self.events.push_back(message);
+        }
+        Ok(self.take_events())
+    }
+
+    /// Reads one message; `None` is the end of the connection.
+    ///
+    /// # Errors
+    /// Neither comes.
+    pub fn try_read_to_end(&mut self) -> anyhow::Result<Option<Value>> {
+        match self.read(Instant::now() + PATIENCE) {
+            Ok(message) => Ok(Some(message)),
+            Err(error) if error.is::<Ended>() => Ok(None),
+            Err(error) => Err(error),
+        }
+    }
+
     fn read(&mut self, deadline: Instant) -> anyhow::Result<Value> {
         loop {
             let left = deadline.saturating_duration_since(Instant::now());
@@ -163,7 +223,7 @@ impl Qmp {
             }
             self.stream.set_read_timeout(Some(left))?;
             match self.reader.read_line(&mut self.line) {
-                Ok(0) => bail!("the monitor closed the connection"),
+                Ok(0) => return Err(Ended.into()),
                 Ok(_) if self.line.ends_with('\n') => {
                     let line = std::mem::take(&mut self.line);
                     return serde_json::from_str(&line).with_context(|| format!("no JSON: {line}"));
@@ -172,6 +232,8 @@ impl Qmp {
                 Err(e)
                     if matches!(e.kind(), std::io::ErrorKind::WouldBlock | std::io::ErrorKind::TimedOut) => {}
                 Err(e) if e.kind() == std::io::ErrorKind::Interrupted => {}
+                // Closed with our bytes unread: an end, too.
+                Err(e) if e.kind() == std::io::ErrorKind::ConnectionReset => return Err(Ended.into()),
                 Err(error) => return Err(error.into()),
             }
         }
@@ -181,3 +243,7 @@ impl Qmp {
 #[derive(Debug, thiserror::Error)]
 #[error("the monitor said nothing in time")]
 struct TimedOut;
+
+#[derive(Debug, thiserror::Error)]
+#[error("the monitor closed the connection")]
+struct Ended;

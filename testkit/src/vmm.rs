@@ -2,8 +2,10 @@
 
 use std::ffi::OsString;
 use std::fs::File;
+use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
+use std::sync::Arc;
 use std::time::Instant;
 
 use anyhow::{Context, bail, ensure};
@@ -43,6 +45,10 @@ pub struct VmmBuilder {
     memory_args: Option<Vec<String>>,
     extra: Vec<String>,
     wrapper: Vec<String>,
+    wrapper_forks: bool,
+    only: Option<Vec<String>>,
+    environment: Vec<(String, OsString)>,
+    stdio: Option<[Arc<OwnedFd>; 2]>,
 }
 
 impl Default for VmmBuilder {
@@ -61,6 +67,10 @@ impl VmmBuilder {
             memory_args: None,
             extra: Vec::new(),
             wrapper: Vec::new(),
+            wrapper_forks: false,
+            only: None,
+            environment: Vec::new(),
+            stdio: None,
         }
     }
 
@@ -99,6 +109,41 @@ impl VmmBuilder {
         self
     }
 
+    /// The same, where the wrapper does not become the VMM but starts it as a child and hands on its exit code.
+    #[must_use]
+    pub fn forking_wrapper(mut self, words: &[&str]) -> Self {
+        self.wrapper_forks = true;
+        self.wrapper(words)
+    }
+
+    /// Standard input and output, such as the slave of a pseudoterminal.
+    #[must_use]
+    pub fn terminal(self, slave: OwnedFd) -> Self {
+        let slave = Arc::new(slave);
+        self.stdio([slave.clone(), slave])
+    }
+
+    /// Standard input and output, in place of nothing and a file.
+    #[must_use]
+    pub fn stdio(mut self, [input, output]: [Arc<OwnedFd>; 2]) -> Self {
+        self.stdio = Some([input, output]);
+        self
+    }
+
+    /// These arguments and no others; memory, vCPUs and QMP are then the caller's affair.
+    #[must_use]
+    pub fn only_args(mut self, args: &[&str]) -> Self {
+        self.only = Some(args.iter().map(ToString::to_string).collect());
+        self
+    }
+
+    /// An environment variable.
+    #[must_use]
+    pub fn env(mut self, name: &str, value: impl Into<OsString>) -> Self {
+        self.environment.push((name.to_owned(), value.into()));
+        self
+    }
+
     /// Another binary.
     #[must_use]
     pub fn binary(mut self, path: impl Into<PathBuf>) -> Self {
@@ -108,6 +153,9 @@ impl VmmBuilder {
 
     /// The machine arguments, the same for source and target, with the QMP socket in `dir`.
     fn arguments(&self, dir: &Path) -> Vec<String> {
+        if let Some(only) = &self.only {
+            return only.clone();
+        }
         let memory = self.memory_args.clone().unwrap_or_else(|| {
             let object = format!("memory-backend-memfd,id=ram0,size={}", self.memory);
             ["-object", &object, "-machine", "memory-backend=ram0"].map(String::from).to_vec()
@@ -130,15 +178,35 @@ impl VmmBuilder {
         let mut words: Vec<OsString> = self.wrapper.iter().map(OsString::from).collect();
         words.push(self.binary.clone().into());
         words.extend(args.iter().map(OsString::from));
+        let (stdin, stdout): (Stdio, Stdio) = match &self.stdio {
+            Some([input, output]) => (input.try_clone()?.into(), output.try_clone()?.into()),
+            None => (Stdio::null(), File::create(dir.path().join("stdout"))?.into()),
+        };
         let child = Command::new(&words[0])
             .args(&words[1..])
+            .envs(self.environment.iter().map(|(name, value)| (name, value)))
             .current_dir(dir.path())
-            .stdin(Stdio::null())
-            .stdout(File::create(dir.path().join("stdout"))?)
+            .stdin(stdin)
+            .stdout(stdout)
             .stderr(File::create(dir.path().join("stderr"))?)
             .spawn()
             .with_context(|| format!("cannot start {words:?}"))?;
-        Ok(Vmm { child, dir, args, binary: self.binary, cpus: self.cpus, qmp: None, next_state: 0 })
+        let mut vmm = Vmm {
+            pid: child.id(),
+            child,
+            dir,
+            args,
+            binary: self.binary,
+            cpus: self.cpus,
+            qmp: None,
+            next_state: 0,
+        };
+        if self.wrapper_forks {
+            vmm.pid = crate::wait_for("the wrapper's child", PATIENCE, || {
+                crate::process::children(vmm.child.id()).ok()?.first().copied()
+            })?;
+        }
+        Ok(vmm)
     }
 
     /// Starts the process and connects QMP.
@@ -157,6 +225,7 @@ impl VmmBuilder {
 
 /// A running `cpr-vmm`.
 pub struct Vmm {
+    pid: u32,
     child: Child,
     dir: TempDir,
     args: Vec<String>,
@@ -169,12 +238,17 @@ pub struct Vmm {
 impl Vmm {
     /// The process id.
     pub fn pid(&self) -> u32 {
-        self.child.id()
+        self.pid
     }
 
     /// A path in the VM's own folder, which is its working directory.
     pub fn path(&self, name: &str) -> PathBuf {
         self.dir.path().join(name)
+    }
+
+    /// The VM's processes: itself, a wrapper, keepers.
+    pub fn processes(&self) -> Vec<u32> {
+        crate::process::processes_in(self.dir.path())
     }
 
     /// The machine arguments that it was started with.

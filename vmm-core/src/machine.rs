@@ -54,8 +54,11 @@ pub struct Machine {
     mmio: Arc<MmioBus>,
     queue: EventQueue,
     sender: EventSender,
+    cpuid: Mutex<Option<Arc<[Blob]>>>,
     msr_list: Mutex<Option<Arc<[u32]>>>,
     routes: Mutex<Vec<GsiRoute>>,
+    /// Whether the timer chip exists.
+    pit: Mutex<bool>,
     vm: Arc<Vm>,
     caps: Capabilities,
     kvm: Kvm,
@@ -68,7 +71,7 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 
 impl Machine {
     /// Builds the VM, maps the RAM, and starts the vCPU threads, which create their vCPUs meanwhile. Returns without
-    /// waiting for those: what needs them waits ([`Machine::ready`] does nothing else).
+    /// waiting for those: what needs them waits, or has its work done behind their creation.
     ///
     /// # Errors
     /// No usable KVM, or a call that failed. A vCPU that cannot be created is reported by the first method that
@@ -93,7 +96,6 @@ impl Machine {
         vm.map_ram(&config.ram)?;
         vm.create_irqchip()?;
         let vcpus = Vcpus::spawn(config.vcpus, &vm, &environment)?;
-        vm.create_pit()?;
         let line = Arc::new(KvmIrqLine::new(Arc::clone(&vm), COM1_IRQ));
         let serial = Arc::new(Serial::new(line, config.serial));
         ports.insert(COM1_PORT, COM1_LEN, "COM1", serial.clone())?;
@@ -106,8 +108,10 @@ impl Machine {
             mmio,
             queue,
             sender,
+            cpuid: Mutex::new(None),
             msr_list: Mutex::new(None),
             routes: Mutex::new(Vec::new()),
+            pit: Mutex::new(false),
             vm,
             caps,
             kvm,
@@ -115,11 +119,13 @@ impl Machine {
         })
     }
 
-    /// Waits until every vCPU exists.
+    /// Waits until the machine is complete: every vCPU exists, and the timer chip. For a target that is built ahead of its
+    /// state; whoever has the state already calls [`Machine::restore`] at once, which overlaps the two.
     ///
     /// # Errors
     /// The vCPU that could not be created.
     pub fn ready(&self) -> Result<(), MachineError> {
+        self.ensure_pit()?;
         self.vcpus.ready()
     }
 
@@ -149,7 +155,14 @@ impl Machine {
             let table = tables[index].clone();
             Box::new(move |cpu| vcpu::set_cpuid(&cpu.vcpu, &mut cpu.cpuid, &table))
         })?;
+        *lock(&self.cpuid) = Some(tables.into());
         Ok(())
+    }
+
+    /// Returns the CPUID table of each vCPU, running or not, for [`Machine::preset_cpuid`] of a target that is built
+    /// ahead; `None` before the machine has been given any.
+    pub fn cpuid(&self) -> Option<Arc<[Blob]>> {
+        lock(&self.cpuid).clone()
     }
 
     /// Lets the vCPUs run, or run again.
@@ -157,6 +170,7 @@ impl Machine {
     /// # Errors
     /// A vCPU that does not exist any more.
     pub fn run(&self) -> Result<(), MachineError> {
+        self.ready()?;
         self.vcpus.resume()
     }
 
@@ -188,16 +202,19 @@ impl Machine {
     pub fn restore(&self, state: &MachineState) -> Result<(), MachineError> {
         state.check()?;
         self.check_count(state.vcpus.len())?;
+        let restoring = self.start_restoring(&state.vcpus);
+        let around = self.ensure_pit().and_then(|()| self.restore_around_vcpus(state));
+        let restored = restoring.and_then(vcpu::Pending::wait);
+        // A vCPU that could not be created has done no work either; the reason is the first of the two.
         self.ready()?;
-        let restoring = self.start_restoring(&state.vcpus)?;
-        let before = self.restore_around_vcpus(state);
-        restoring.wait()?;
-        before?;
+        restored?;
+        around?;
         vm_state::restore_after_vcpus(&self.vm, &state.vm)?;
         vm_state::restore_clock(&self.vm, &self.caps, &state.vm.clock)?;
         // What its first host let it set, it may have set; this host's own list may be shorter.
         let list: Vec<u32> = state.vcpus[0].msrs.iter().map(|&(index, _)| index).collect();
         *lock(&self.msr_list) = Some(list.into());
+        *lock(&self.cpuid) = Some(state.vcpus.iter().map(|vcpu| vcpu.cpuid.clone()).collect());
         self.notify_guest_paused();
         Ok(())
     }
@@ -212,7 +229,7 @@ impl Machine {
     /// A vCPU that runs, or the call that failed.
     pub fn reset(&self, entry: &dyn Fn(&mut kvm_regs, &mut kvm_sregs)) -> Result<(), MachineError> {
         self.ready()?;
-        let cpuid = self.vcpus.on_all(|_| Box::new(|cpu| Ok(cpu.cpuid.clone().unwrap_or_default())))?;
+        let cpuid = self.cpuid().unwrap_or_else(|| vec![Blob::default(); self.vcpus.count()].into());
         let (vcpus, vm) = self.pristine(&cpuid)?;
         vm_state::restore_before_vcpus(&self.vm, &vm)?;
         self.start_restoring(&vcpus)?.wait()?;
@@ -312,6 +329,17 @@ impl Machine {
         self.vcpus.all_parked()
     }
 
+    /// Creates the timer chip, unless it exists. Not part of `new`: it has KVM start a kernel thread and wait for it, which
+    /// is better done while the vCPUs' threads are at work.
+    fn ensure_pit(&self) -> Result<(), MachineError> {
+        let mut exists = lock(&self.pit);
+        if !*exists {
+            self.vm.create_pit()?;
+            *exists = true;
+        }
+        Ok(())
+    }
+
     fn check_count(&self, found: usize) -> Result<(), MachineError> {
         let expected = self.vcpus.count();
         if found == expected { Ok(()) } else { Err(MachineError::VcpuCount { expected, found }) }
@@ -331,9 +359,8 @@ impl Machine {
         }
         let listed = self.kvm.get_msr_index_list();
         let listed = listed.map_err(crate::error::KvmError::of("KVM_GET_MSR_INDEX_LIST"))?;
-        let list = self.vcpus.on_one(0, move |cpu| {
-            Ok(vcpu::learn_msr_list(&cpu.vcpu, listed.as_slice())?)
-        })?;
+        let list =
+            self.vcpus.on_one(0, move |cpu| Ok(vcpu::learn_msr_list(&cpu.vcpu, listed.as_slice())?))?;
         Ok(Arc::clone(known.insert(list.into())))
     }
 
@@ -363,7 +390,7 @@ impl Machine {
         });
         vm_state::restore_before_vcpus(&self.vm, &state.vm)?;
         vcpu::restore_step!("serial", self.serial.restore(&state.serial)?);
-        self.rtc.restore(&state.platform);
+        vcpu::restore_step!("platform", self.rtc.restore(&state.platform));
         Ok(())
     }
 

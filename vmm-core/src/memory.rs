@@ -13,7 +13,10 @@ use std::sync::Arc;
 
 use oslib::memfd::{self, HugePage, Memfd};
 use vm_memory::mmap::{MmapRegionBuilder, MmapRegionError};
-use vm_memory::{FileOffset, GuestAddress, GuestMemoryMmap, GuestRegionMmap};
+use vm_memory::{
+    Bytes, FileOffset, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion, GuestRegionMmap,
+    MemoryRegionAddress,
+};
 
 /// End of the RAM below the hole for devices: 3 GiB, where QEMU's `q35` and `microvm` end it as well.
 pub const LOW_RAM_END: u64 = 0xc000_0000;
@@ -77,6 +80,12 @@ pub struct BackendConfig {
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum MemoryError {
+    /// Memory could not be written.
+    #[error("guest RAM cannot be cleared: {source}")]
+    Clear {
+        /// The cause.
+        source: vm_memory::GuestMemoryError,
+    },
     /// The size is zero or not made of whole pages.
     #[error("memory backend {id}: a size of {size} bytes is not a positive multiple of its page size {page}")]
     Size {
@@ -359,6 +368,33 @@ impl GuestRam {
         Ok(Self { memory, regions: regions.into() })
     }
 
+    /// Makes all of it read as zeros again, as after creation. The vCPUs must be paused.
+    ///
+    /// # Errors
+    /// [`MemoryError::Clear`] when the memory cannot be written.
+    pub fn clear(&self) -> Result<(), MemoryError> {
+        for region in self.memory.iter() {
+            let len = region.len();
+            // Freeing the pages is quicker by far, and gives the memory back; but only what is shared has just them.
+            let shared = region.flags() & libc::MAP_SHARED != 0;
+            let punched = region.file_offset().filter(|_| shared).is_some_and(|file| {
+                oslib::memfd::punch_hole(file.file(), file.start()..file.start() + len).is_ok()
+            });
+            if !punched {
+                let zeros = [0; 64 << 10];
+                let mut at = 0;
+                while at < len {
+                    let count = zeros.len().min((len - at) as usize);
+                    region
+                        .write_slice(&zeros[..count], MemoryRegionAddress(at))
+                        .map_err(|source| MemoryError::Clear { source })?;
+                    at += count as u64;
+                }
+            }
+        }
+        Ok(())
+    }
+
     /// Returns the pieces in the order of their addresses.
     pub fn regions(&self) -> Vec<RamRegion> {
         self.regions.to_vec()
@@ -391,8 +427,7 @@ fn map_region(backend: &Backend, len: u64, file_offset: u64) -> Result<vm_memory
     let sharing = if config.kind.share() { libc::MAP_SHARED } else { libc::MAP_PRIVATE };
     // The huge page pool is accounted at mmap, so that a lack of pages is an error here and not SIGBUS later.
     let reserving = if config.kind.hugetlb().is_some() { 0 } else { libc::MAP_NORESERVE };
-    let mut builder =
-        MmapRegionBuilder::new(len as usize).with_mmap_prot(libc::PROT_READ | libc::PROT_WRITE);
+    let mut builder = MmapRegionBuilder::new(len as usize).with_mmap_prot(libc::PROT_READ | libc::PROT_WRITE);
     builder = match &backend.file {
         Some(file) => builder
             .with_mmap_flags(sharing | reserving)
@@ -439,8 +474,7 @@ mod tests {
         let first = GuestRam::map(&backend).unwrap();
         first.memory().write_obj(0x1234_5678_u32, GuestAddress(0x2000)).unwrap();
         drop(first);
-        let adopted =
-            Backend::adopt(backend.config().clone(), Arc::clone(backend.fd().unwrap())).unwrap();
+        let adopted = Backend::adopt(backend.config().clone(), Arc::clone(backend.fd().unwrap())).unwrap();
         let second = GuestRam::map(&adopted).unwrap();
         assert_eq!(second.memory().read_obj::<u32>(GuestAddress(0x2000)).unwrap(), 0x1234_5678);
     }
@@ -479,10 +513,7 @@ mod tests {
 
     #[test]
     fn obstacles_follow_sharing_and_descriptor() {
-        let private = [
-            BackendKind::Ram { share: false },
-            BackendKind::Memfd { share: false, hugetlb: None },
-        ];
+        let private = [BackendKind::Ram { share: false }, BackendKind::Memfd { share: false, hugetlb: None }];
         for kind in private {
             let obstacle = Backend::create(config(MIB, kind)).unwrap().in_place_obstacle().unwrap();
             assert_eq!(
@@ -495,16 +526,12 @@ mod tests {
             assert_eq!(backend.in_place_obstacle(), None);
             assert!(backend.fd().is_some());
         }
-        assert!(
-            Backend::create(config(MIB, BackendKind::Ram { share: false })).unwrap().fd().is_none()
-        );
+        assert!(Backend::create(config(MIB, BackendKind::Ram { share: false })).unwrap().fd().is_none());
     }
 
     #[test]
     fn adoption_refuses_what_does_not_fit() {
-        let fd = |size| {
-            Arc::clone(Backend::create(config(size, memfd_kind())).unwrap().fd().unwrap())
-        };
+        let fd = |size| Arc::clone(Backend::create(config(size, memfd_kind())).unwrap().fd().unwrap());
         let message = |result: Result<Backend, MemoryError>| result.unwrap_err().to_string();
         assert_eq!(
             message(Backend::adopt(config(2 * MIB, memfd_kind()), fd(MIB))),
@@ -516,9 +543,7 @@ mod tests {
         assert!(message(Backend::adopt(config(2 * MIB, huge), fd(2 * MIB))).contains("pages of 4096 bytes"));
         let file = tempfile::tempfile().unwrap();
         file.set_len(MIB).unwrap();
-        assert!(
-            message(Backend::adopt(config(MIB, memfd_kind()), Arc::new(file))).contains("not a memfd")
-        );
+        assert!(message(Backend::adopt(config(MIB, memfd_kind()), Arc::new(file))).contains("not a memfd"));
     }
 
     #[test]

@@ -189,8 +189,7 @@ impl Serial {
     fn rebuild(&self, state: &vm_superio::SerialState) {
         let mut uart = lock(&self.uart);
         self.pulse.muted.store(true, Ordering::Relaxed);
-        let rebuilt =
-            Uart::from_state(state, self.pulse.clone(), self.output.clone(), self.output.clone());
+        let rebuilt = Uart::from_state(state, self.pulse.clone(), self.output.clone(), self.output.clone());
         self.pulse.muted.store(false, Ordering::Relaxed);
         // The only errors are a full FIFO, which the callers excluded, and the interrupt, which cannot fail here.
         if let Ok(rebuilt) = rebuilt {

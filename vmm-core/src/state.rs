@@ -306,7 +306,7 @@ impl VcpuState {
             SregsState::Sregs2(blob) => exact("sregs2", blob, SREGS2_LEN)?,
         }
         let xsave = self.xsave.as_slice().len();
-        if !(XSAVE_MIN_LEN..=XSAVE_MAX_LEN).contains(&xsave) || xsave % 4 != 0 {
+        if !(XSAVE_MIN_LEN..=XSAVE_MAX_LEN).contains(&xsave) || !xsave.is_multiple_of(4) {
             return Err(StateError::Size {
                 field: "xsave",
                 rule: "4 KiB to 64 KiB in steps of 4",
@@ -398,11 +398,7 @@ fn check_cpuid(blob: &Blob) -> Result<(), StateError> {
     let found = blob.as_slice().len();
     let entry = size_of::<kvm_cpuid_entry2>();
     if !found.is_multiple_of(entry) || found / entry > MAX_CPUID_ENTRIES {
-        return Err(StateError::Size {
-            field: "cpuid",
-            rule: "a multiple of 40 up to 256 entries",
-            found,
-        });
+        return Err(StateError::Size { field: "cpuid", rule: "a multiple of 40 up to 256 entries", found });
     }
     Ok(())
 }

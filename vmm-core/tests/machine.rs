@@ -2,16 +2,21 @@
 
 mod machine_guests;
 
+use std::os::unix::fs::FileExt;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
+use kvm_bindings::{kvm_debugregs, kvm_pit_state2, kvm_regs, kvm_vcpu_events, kvm_xcrs};
 use machine_guests::*;
 use oslib::clock::monotonic_ns;
 use vm_memory::{Bytes, GuestAddress};
+use vmm_core::boot::{self, BootRequest, KernelImage};
 use vmm_core::error::VcpuError;
 use vmm_core::machine::{Machine, MachineError, default_routes};
-use vmm_core::state::{GsiRoute, MachineState};
+use vmm_core::memory::GuestRam;
+use vmm_core::payload::{self, Command, GuestWords, Header, Mailbox, Status};
+use vmm_core::state::{Blob, ClockState, GsiRoute, MachineState, SregsState, VcpuState};
 use vmm_core::vcpu::{RunObserver, VcpuEvent};
 
 const MIB: u64 = 1 << 20;
@@ -50,6 +55,66 @@ fn guests_go_on_in_a_new_machine_on_the_same_memory() {
     }
 }
 
+/// Tells whether this host's KVM really offsets the guest's TSC. One that does starts it near zero; `kvm_pvm` takes every
+/// offset, keeps none and shows the guest the host's TSC.
+fn has_tsc_offset(vcpu: &VcpuState) -> bool {
+    vcpu.tsc_offset.is_some_and(|offset| offset != 0)
+}
+
+/// Gives every part of a state a value that no machine starts with.
+fn make_unusual(state: &mut MachineState) {
+    for (vcpu, unusual) in state.vcpus.iter_mut().zip(1u64..) {
+        let mut regs: kvm_regs = vcpu.regs.load("regs").unwrap();
+        (regs.r8, regs.r15) = (0x8888 * unusual, u64::MAX - unusual);
+        vcpu.regs = Blob::of(&regs);
+        let mut debugregs: kvm_debugregs = vcpu.debugregs.load("debugregs").unwrap();
+        debugregs.db = [0x1000, 0x2000, 0x3000, 0x4000 * unusual];
+        vcpu.debugregs = Blob::of(&debugregs);
+        let mut xsave = vcpu.xsave.as_slice().to_vec();
+        xsave[160..176].fill(0xa0 + unusual as u8); // XMM0
+        xsave[512] |= 3; // the header says that x87 and SSE state is there
+        vcpu.xsave = xsave.into();
+        let mut xcrs: kvm_xcrs = vcpu.xcrs.as_ref().unwrap().load("xcrs").unwrap();
+        xcrs.xcrs[0].value = 3;
+        vcpu.xcrs = Some(Blob::of(&xcrs));
+        let mut lapic = vcpu.lapic.as_slice().to_vec();
+        lapic[0x210] = 0x10 * unusual as u8; // requested interrupts among vectors 32 to 39
+        lapic[0x370] = 0x40 + unusual as u8; // the vector of the error interrupt
+        vcpu.lapic = lapic.into();
+        let mut events: kvm_vcpu_events = vcpu.events.load("events").unwrap();
+        events.nmi.masked = 1;
+        vcpu.events = Blob::of(&events);
+        let gs_base = vcpu.msrs.iter_mut().find(|(index, _)| *index == 0xc000_0102).unwrap();
+        gs_base.1 = 0x7000 * unusual;
+        if has_tsc_offset(vcpu) {
+            vcpu.tsc_offset = vcpu.tsc_offset.map(|offset| offset.wrapping_sub(unusual << 40));
+        }
+    }
+    let vm = &mut state.vm;
+    let mut ioapic = vm.ioapic.as_slice().to_vec();
+    ioapic[8 + 24 + 8 * 5] = 0x35; // the vector of pin 5
+    vm.ioapic = ioapic.into();
+    let mut pic = vm.pic_slave.as_slice().to_vec();
+    pic[8 + 2] = 0xa5; // masked lines
+    vm.pic_slave = pic.into();
+    let mut pit: kvm_pit_state2 = vm.pit.load("pit").unwrap();
+    (pit.channels[2].count, pit.channels[2].mode) = (0x1234, 3);
+    vm.pit = Blob::of(&pit);
+    state.platform.rtc_index = 0x32;
+}
+
+/// Takes out of a state what goes on while the machine stands.
+fn without_time(state: &MachineState) -> MachineState {
+    let mut state = state.clone();
+    state.vm.clock = ClockState::default();
+    let mut pit: kvm_pit_state2 = state.vm.pit.load("pit").unwrap();
+    for channel in &mut pit.channels {
+        channel.count_load_time = 0;
+    }
+    state.vm.pit = Blob::of(&pit);
+    state
+}
+
 #[test]
 fn a_restored_machine_saves_the_same_state() {
     if !have_kvm("a_restored_machine_saves_the_same_state") {
@@ -61,21 +126,171 @@ fn a_restored_machine_saves_the_same_state() {
         source.set_gsi_routes(&default_routes()).unwrap();
         wait_for_beats(&source, vcpus);
         source.pause(DEADLINE).unwrap();
-        source.ports().write(0x70, &[0x32]);
-        let first = source.save().unwrap();
+        source.serial().enqueue(b"unread");
+        let mut first = source.save().unwrap();
+        make_unusual(&mut first);
         let (target, _) = machine(&adopt(&backend), vcpus);
         target.restore(&first).unwrap();
-        let mut second = target.save().unwrap();
-        // Only time goes on: the clock, and the timer chip's record of when it was loaded.
+        let second = target.save().unwrap();
         assert!(second.vm.clock.kvmclock_ns > first.vm.clock.kvmclock_ns);
-        second.vm.clock = first.vm.clock;
-        second.vm.pit = first.vm.pit.clone();
+        let (first, second) = (without_time(&first), without_time(&second));
         for (a, b) in first.vcpus.iter().zip(&second.vcpus) {
-            assert_eq!(a.msrs, b.msrs);
-            assert_eq!(a.sregs, b.sregs);
+            let blobs = |v: &VcpuState| {
+                let (SregsState::Sregs2(sregs) | SregsState::Sregs(sregs)) = &v.sregs;
+                [&v.cpuid, &v.mp_state, &v.regs, sregs, &v.xsave, &v.debugregs, &v.lapic, &v.events]
+                    .map(Blob::clone)
+            };
+            for (nth, (a, b)) in blobs(a).iter().zip(&blobs(b)).enumerate() {
+                assert_eq!(a.as_slice(), b.as_slice(), "blob {nth}");
+            }
         }
         assert_eq!(first, second);
     }
+}
+
+/// The test above notices each step of a restore that is left out.
+#[cfg(feature = "fault-injection")]
+#[test]
+fn a_step_that_is_left_out_is_noticed() {
+    if !have_kvm("a_step_that_is_left_out_is_noticed") {
+        return;
+    }
+    let run = |skipped: &str| {
+        std::process::Command::new(std::env::current_exe().unwrap())
+            .args(["--exact", "a_restored_machine_saves_the_same_state"])
+            .env("CPR_TEST_SKIP_RESTORE", skipped)
+            .output()
+            .unwrap()
+            .status
+            .success()
+    };
+    assert!(run(""), "nothing left out");
+    let (machine, _) = machine(&backend(64 * MIB), 1);
+    let can_offset = has_tsc_offset(&machine.save().unwrap().vcpus[0]);
+    let steps = [
+        "cpuid",
+        "tsc-offset",
+        "mp-state",
+        "regs",
+        "sregs",
+        "xsave",
+        "xcrs",
+        "debugregs",
+        "lapic",
+        "msrs",
+        "events",
+        "pic",
+        "irqchip",
+        "pit",
+        "kvmclock",
+        "gsi-routes",
+        "serial",
+        "platform",
+    ];
+    let steps = steps.into_iter().filter(|&step| can_offset || step != "tsc-offset");
+    let unnoticed: Vec<_> = steps.filter(|step| run(step)).collect();
+    assert!(unnoticed.is_empty(), "nobody noticed that these were left out: {unnoticed:?}");
+}
+
+#[test]
+fn a_restore_writes_no_guest_memory() {
+    if !have_kvm("a_restore_writes_no_guest_memory") {
+        return;
+    }
+    let size = 8 * MIB;
+    let backend = backend(size);
+    let (source, _) = start(&backend, 2, COUNT);
+    wait_for_beats(&source, 2);
+    source.pause(DEADLINE).unwrap();
+    let mut state = source.save().unwrap();
+    // A guest with a paravirtual clock: its page is KVM's to write once the guest runs, not before.
+    for (index, value) in state.vcpus.iter_mut().flat_map(|vcpu| &mut vcpu.msrs) {
+        if *index == 0x4b56_4d01 {
+            *value = 0x40_0000 | 1;
+        }
+    }
+    drop(source);
+    let contents = || {
+        let mut bytes = vec![0; size as usize];
+        backend.fd().unwrap().read_exact_at(&mut bytes, 0).unwrap();
+        bytes
+    };
+    let before = contents();
+    let (target, _) = machine(&adopt(&backend), 2);
+    target.restore(&state).unwrap();
+    std::thread::sleep(Duration::from_millis(20));
+    assert!(before == contents());
+    target.run().unwrap();
+    wait_for_beats(&target, 2);
+    assert!(
+        before[0x40_0000..][..32] != contents()[0x40_0000..][..32],
+        "KVM writes the clock as the guest runs"
+    );
+}
+
+/// The payload's way to its mailboxes.
+struct Words<'a>(&'a GuestRam);
+
+impl GuestWords for Words<'_> {
+    fn read_u64(&self, gpa: u64) -> u64 {
+        self.0.memory().load(GuestAddress(gpa), Ordering::Relaxed).unwrap()
+    }
+
+    fn write_u64(&self, gpa: u64, value: u64) {
+        self.0.memory().store(value, GuestAddress(gpa), Ordering::Relaxed).unwrap();
+    }
+}
+
+#[test]
+fn a_long_mode_guest_survives_update_after_update() {
+    if !have_kvm("a_long_mode_guest_survives_update_after_update") {
+        return;
+    }
+    const VCPUS: usize = 2;
+    let backend = backend(64 * MIB);
+    let observing = GuestRam::map(&backend).unwrap();
+    let words = Words(&observing);
+    let (mut source, _) = machine(&backend, VCPUS);
+    let kernel = KernelImage::BuiltIn { name: "payload", bytes: payload::ELF };
+    let request = BootRequest { kernel, initrd: None, cmdline: "cpus=2", vcpus: VCPUS };
+    let entry = boot::load(source.ram().memory(), &request).unwrap();
+    source.set_entry(&|regs, sregs| entry.apply(regs, sregs)).unwrap();
+    source.run().unwrap();
+    wait_for("both vCPUs in ring 3", || Header::new(&words).started() == VCPUS as u64);
+    let boxes: Vec<_> = (0..VCPUS as u32).map(|vcpu| Mailbox::new(&words, vcpu)).collect();
+    let bytes = 4 * MIB;
+    let filled = boxes[0].submit(Command::Fill { offset: 0, bytes, seed: 7 });
+    wait_for("the fill", || boxes[0].outcome(filled).is_some());
+    for round in 0..10 {
+        source.pause(DEADLINE).unwrap();
+        let state = travel(&source.save().unwrap());
+        let beats: Vec<u64> = boxes.iter().map(Mailbox::beats).collect();
+        // Every other target is built while the source still exists, and knows the CPUID before the state.
+        let (target, _) = machine(&adopt(&backend), VCPUS);
+        if round % 2 == 0 {
+            target.ready().unwrap();
+            target.preset_cpuid(&source.cpuid().unwrap()).unwrap();
+        }
+        target.restore(&state).unwrap();
+        target.run().unwrap();
+        source = target;
+        wait_for("beats after the update", || {
+            boxes.iter().zip(&beats).all(|(b, before)| b.beats() > *before)
+        });
+    }
+    let checked = boxes[1].submit(Command::Verify { offset: 0, bytes, seed: 7 });
+    wait_for("the check", || boxes[1].outcome(checked).is_some());
+    let outcome = boxes[1].outcome(checked).unwrap();
+    assert_eq!((outcome.status, outcome.results[0]), (Status::Ok, 0), "words that differ");
+    for mailbox in &boxes {
+        assert_eq!(mailbox.read(payload::field::TSC_BACKWARDS), 0);
+    }
+}
+
+#[test]
+fn a_machine_may_be_shared_between_threads() {
+    fn shared<T: Send + Sync>() {}
+    shared::<Machine>();
 }
 
 #[test]
@@ -208,7 +423,8 @@ fn power_events_reach_the_owner() {
     if !have_kvm("power_events_reach_the_owner") {
         return;
     }
-    let expected = [(RESET, VcpuEvent::Reset { source: "ACPI" }), (TRIPLE_FAULT, VcpuEvent::TripleFault { vcpu: 0 })];
+    let expected =
+        [(RESET, VcpuEvent::Reset { source: "ACPI" }), (TRIPLE_FAULT, VcpuEvent::TripleFault { vcpu: 0 })];
     for (code, event) in expected {
         let backend = backend(64 * MIB);
         let (machine, _) = start(&backend, 1, code);
@@ -244,7 +460,10 @@ fn reset_starts_over() {
     assert_eq!(machine.serial().fifo_room(), 64);
     let after = machine.save().unwrap();
     assert_eq!(after.vcpus[1].cpuid, before.vcpus[1].cpuid);
-    assert_ne!(after.vcpus[1].mp_state, before.vcpus[1].mp_state, "the second vCPU waits to be started again");
+    assert_ne!(
+        after.vcpus[1].mp_state, before.vcpus[1].mp_state,
+        "the second vCPU waits to be started again"
+    );
     assert!(after.vm.clock.kvmclock_ns > before.vm.clock.kvmclock_ns);
     let ram = machine.ram().memory();
     ram.write_obj(0u64, GuestAddress(COUNTERS)).unwrap();
@@ -298,10 +517,7 @@ fn an_msr_that_kvm_refuses_is_named() {
     let (target, _) = machine(&adopt(&backend), 1);
     let error = target.restore(&state).unwrap_err();
     let MachineError::Vcpu { index: 0, source } = &error else { panic!("{error:?}") };
-    assert!(
-        matches!(source, VcpuError::MsrWrite { index: 0xdead_0001, value: 7, done: 5, .. }),
-        "{source}"
-    );
+    assert!(matches!(source, VcpuError::MsrWrite { index: 0xdead_0001, value: 7, done: 5, .. }), "{source}");
 }
 
 #[test]

@@ -31,8 +31,26 @@ const LISTENER: u64 = 0;
 /// Registry id of a chardev's connection.
 const CONNECTION: u64 = 1;
 
-fn registry_name(id: &str) -> String {
-    format!("chardev/{id}")
+fn registry_name(identity: &str) -> String {
+    format!("chardev/{identity}")
+}
+
+/// What a chardev is on the host. By this the next program knows it again: ids of short forms such as `-qmp` are
+/// counted, so that one option more would give them to other chardevs.
+///
+/// # Errors
+/// There is no working directory, so that a relative path means nothing.
+pub fn identity(config: &ChardevConfig) -> io::Result<String> {
+    let id = &config.id;
+    let absolute = |path: &Path| std::path::absolute(path).map(|path| path.display().to_string());
+    Ok(match &config.backend {
+        ChardevBackend::Null => format!("null:{id}"),
+        ChardevBackend::Stdio { .. } => "stdio".into(),
+        ChardevBackend::File { path } => format!("file:{}", absolute(path)?),
+        ChardevBackend::Socket { path, server: true, .. } => format!("unix:{}", absolute(path)?),
+        // One listener can have several clients here.
+        ChardevBackend::Socket { path, .. } => format!("unix:{}:{id}", absolute(path)?),
+    })
 }
 
 /// What bytes are written to.
@@ -153,6 +171,7 @@ enum Kind {
 /// One chardev.
 pub struct Chardev {
     id: String,
+    identity: String,
     kind: Kind,
     output: Output,
 }
@@ -160,8 +179,7 @@ pub struct Chardev {
 /// A chardev on its way to the next program, version 1. Its descriptors travel in the registry.
 #[derive(Debug, Serialize, Deserialize)]
 pub struct ChardevState {
-    id: String,
-    path: Option<PathBuf>,
+    identity: String,
     connected: bool,
     pending: Vec<u8>,
     original: Option<TermiosState>,
@@ -187,6 +205,7 @@ impl Chardev {
         state: Option<ChardevState>,
     ) -> anyhow::Result<Chardev> {
         let id = config.id.clone();
+        let identity = identity(config).with_context(|| format!("chardev '{id}'"))?;
         let output = Output::default();
         let kind = match &config.backend {
             ChardevBackend::Null => Kind::Null,
@@ -208,15 +227,21 @@ impl Chardev {
             ChardevBackend::Stdio { signal } => open_stdio(&output, *signal, state)
                 .with_context(|| format!("chardev '{id}': cannot use standard input and output"))?,
             ChardevBackend::Socket { path, server, wait } => {
-                open_socket(&id, path, *server, *wait, registry, &output, state)?
+                let at = SocketAt { id: &id, identity: &identity, path, server: *server, wait: *wait };
+                open_socket(&at, registry, &output, state)?
             }
         };
-        Ok(Chardev { id, kind, output })
+        Ok(Chardev { id, identity, kind, output })
     }
 
     /// The id.
     pub fn id(&self) -> &str {
         &self.id
+    }
+
+    /// See [`identity`].
+    pub fn identity(&self) -> &str {
+        &self.identity
     }
 
     /// Where to write to.
@@ -231,6 +256,17 @@ impl Chardev {
             Kind::Stdio { input, .. } => input.is_some(),
             Kind::Null | Kind::File => true,
         }
+    }
+
+    /// Whether it is a terminal whose modes it changed.
+    pub fn has_terminal(&self) -> bool {
+        matches!(self.kind, Kind::Stdio { original: Some(_), .. })
+    }
+
+    /// The width of the terminal in columns, if it is one.
+    pub fn columns(&self) -> Option<u16> {
+        let Kind::Stdio { input: Some(input), .. } = &self.kind else { return None };
+        oslib::term::window(input).ok().map(|window| window.columns).filter(|&columns| columns > 0)
     }
 
     /// As QEMU describes it in `query-chardev`.
@@ -297,7 +333,7 @@ impl Chardev {
             return Ok(false);
         };
         let Some(stream) = oslib::stream::accept_nonblocking(&*listener)? else { return Ok(false) };
-        *connection = Some(connect_output(&self.id, stream, registry, &self.output, Vec::new())?);
+        *connection = Some(connect_output(&self.identity, stream, registry, &self.output, Vec::new())?);
         Ok(true)
     }
 
@@ -337,16 +373,14 @@ impl Chardev {
 
     /// What the next program needs, besides the descriptors.
     pub fn save(&self) -> ChardevState {
-        let (path, connected, original) = match &self.kind {
-            Kind::Socket { path, connection, .. } => (Some(path.clone()), connection.is_some(), None),
-            Kind::Stdio { input, original } => (None, input.is_some(), original.as_ref()),
-            Kind::Null | Kind::File => (None, true, None),
+        let original = match &self.kind {
+            Kind::Stdio { original, .. } => original.as_ref(),
+            Kind::Socket { .. } | Kind::Null | Kind::File => None,
         };
         let pending = self.output.lock().pending.iter().copied().collect();
         ChardevState {
-            id: self.id.clone(),
-            path,
-            connected,
+            identity: self.identity.clone(),
+            connected: self.is_connected(),
             pending,
             original: original.map(TermiosState::from),
         }
@@ -355,27 +389,37 @@ impl Chardev {
     /// Gives the terminal back as it was found, and removes the socket path. For the orderly end of the program.
     pub fn close(&mut self) {
         self.flush();
-        match &self.kind {
-            Kind::Stdio { original: Some(original), .. } => restore_terminal(original),
-            Kind::Socket { path, listener: Some(_), .. } => {
-                let _ = std::fs::remove_file(path);
-            }
-            _ => {}
+        self.release_terminal();
+        if let Kind::Socket { path, listener: Some(_), .. } = &self.kind {
+            let _ = std::fs::remove_file(path);
+        }
+    }
+
+    fn release_terminal(&mut self) {
+        if let Kind::Stdio { original, .. } = &mut self.kind
+            && let Some(original) = original.take()
+        {
+            restore_terminal(&original);
         }
     }
 }
 
+impl Drop for Chardev {
+    /// A start that fails must not leave a raw terminal behind.
+    fn drop(&mut self) {
+        self.release_terminal();
+    }
+}
+
 impl ChardevState {
-    /// Of which chardev this is.
-    pub fn id(&self) -> &str {
-        &self.id
+    /// Of which chardev this is; see [`identity`].
+    pub fn identity(&self) -> &str {
+        &self.identity
     }
 
-    /// Gives the terminal back, for a target that ends before it could take the chardev over.
-    pub fn restore_terminal(&self) {
-        if let Some(original) = &self.original {
-            restore_terminal(&original.into());
-        }
+    /// How the terminal was found, if it was one: for a target that does not take the chardev over.
+    pub fn terminal(&self) -> Option<Termios> {
+        self.original.as_ref().map(Termios::from)
     }
 }
 
@@ -383,7 +427,8 @@ fn pending(state: Option<ChardevState>) -> Vec<u8> {
     state.map(|state| state.pending).unwrap_or_default()
 }
 
-fn restore_terminal(original: &Termios) {
+/// Gives the terminal back as it was found.
+pub fn restore_terminal(original: &Termios) {
     // A background process that changes the terminal is stopped by SIGTTOU; the signal is blocked by the main loop.
     if let Err(error) = oslib::term::set(io::stdin(), original) {
         tracing::debug!(%error, "the terminal is gone");
@@ -408,40 +453,41 @@ fn open_stdio(output: &Output, signal: bool, state: Option<ChardevState>) -> any
     Ok(Kind::Stdio { input: (!at_end).then_some(input), original })
 }
 
-fn open_socket(
-    id: &str,
-    path: &Path,
+/// Which socket to open.
+struct SocketAt<'a> {
+    id: &'a str,
+    identity: &'a str,
+    path: &'a Path,
     server: bool,
     wait: bool,
+}
+
+fn open_socket(
+    at: &SocketAt<'_>,
     registry: &FdRegistry,
     output: &Output,
     state: Option<ChardevState>,
 ) -> anyhow::Result<Kind> {
-    let name = registry_name(id);
-    let path = std::path::absolute(path)?;
-    let same = state.filter(|state| state.path.as_deref() == Some(&path));
-    if same.is_none() {
-        // A chardev of the same id but another path: its predecessor's sockets are not ours to keep.
-        registry.delete(&name, LISTENER);
-        registry.delete(&name, CONNECTION);
-    }
-    let took_over = same.is_some();
+    let SocketAt { id, identity, .. } = *at;
+    let name = registry_name(identity);
+    let path = std::path::absolute(at.path)?;
+    let took_over = state.is_some();
     let mut connection: Option<Arc<OwnedFd>> = registry.find(&name, CONNECTION);
     if let Some(connection) = &connection {
-        output.connect(Sink::Socket(connection.clone()), pending(same));
+        output.connect(Sink::Socket(connection.clone()), pending(state));
     }
-    if !server {
+    if !at.server {
         if connection.is_none() && !took_over {
             let stream = UnixStream::connect(&path)
                 .with_context(|| format!("chardev '{id}': cannot connect to {}", path.display()))?;
-            connection = Some(connect_output(id, stream.into(), registry, output, Vec::new())?);
+            connection = Some(connect_output(identity, stream.into(), registry, output, Vec::new())?);
         }
         return Ok(Kind::Socket { path, listener: None, connection });
     }
     let listener: Arc<OwnedFd> = registry
         .find_or_open(&name, LISTENER, FdKind::Socket, FdPolicy::MayBeRebuilt, || bind(&path))
         .with_context(|| format!("chardev '{id}'"))?;
-    if wait && connection.is_none() && !took_over {
+    if at.wait && connection.is_none() && !took_over {
         eprintln!("cpr-vmm: info: waiting for connection on: unix:{},server=on", path.display());
         let stream = loop {
             oslib::stream::wait_readable(&listener)?;
@@ -449,7 +495,7 @@ fn open_socket(
                 break stream;
             }
         };
-        connection = Some(connect_output(id, stream, registry, output, Vec::new())?);
+        connection = Some(connect_output(identity, stream, registry, output, Vec::new())?);
     }
     Ok(Kind::Socket { path, listener: Some(listener), connection })
 }
@@ -461,14 +507,14 @@ fn bind(path: &Path) -> io::Result<OwnedFd> {
 }
 
 fn connect_output(
-    id: &str,
+    identity: &str,
     stream: OwnedFd,
     registry: &FdRegistry,
     output: &Output,
     pending: Vec<u8>,
 ) -> anyhow::Result<Arc<OwnedFd>> {
     let connection = Arc::new(stream);
-    registry.save(&registry_name(id), CONNECTION, FdKind::Socket, FdPolicy::MayBeRebuilt, &connection)?;
+    registry.save(&registry_name(identity), CONNECTION, FdKind::Socket, FdPolicy::MayBeRebuilt, &connection)?;
     output.connect(Sink::Socket(connection.clone()), pending);
     Ok(connection)
 }

@@ -6,6 +6,7 @@
 use std::collections::BTreeMap;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, RawFd};
+use std::sync::Arc;
 use std::time::Duration;
 
 use event_manager::{
@@ -41,22 +42,30 @@ pub struct Ready {
 }
 
 /// One interest: descriptor, meaning, direction.
-#[derive(Debug, Clone, Copy)]
+#[derive(Clone)]
 pub struct Interest {
     fd: RawFd,
     token: Token,
     set: EventSet,
+    /// Keeps the descriptor open while it is watched: a number that was closed and given out again would not be
+    /// watched, and nobody would notice.
+    _hold: Option<Arc<dyn AsFd>>,
 }
 
 impl Interest {
     /// Wants to know when `fd` can be read.
-    pub fn read(fd: &impl AsFd, token: Token) -> Interest {
-        Interest { fd: fd.as_fd().as_raw_fd(), token, set: EventSet::IN }
+    pub fn read<T: AsFd + 'static>(fd: &Arc<T>, token: Token) -> Interest {
+        Interest { set: EventSet::IN, _hold: Some(fd.clone()), ..Interest::read_forever(fd, token) }
     }
 
     /// Wants to know when `fd` can be written.
-    pub fn write(fd: &impl AsFd, token: Token) -> Interest {
-        Interest { fd: fd.as_fd().as_raw_fd(), token, set: EventSet::OUT }
+    pub fn write<T: AsFd + 'static>(fd: &Arc<T>, token: Token) -> Interest {
+        Interest { set: EventSet::OUT, ..Interest::read(fd, token) }
+    }
+
+    /// Wants to know when `fd`, which stays open for as long as the loop is there, can be read.
+    pub fn read_forever(fd: &impl AsFd, token: Token) -> Interest {
+        Interest { fd: fd.as_fd().as_raw_fd(), token, set: EventSet::IN, _hold: None }
     }
 }
 
@@ -86,7 +95,7 @@ impl MutEventSubscriber for Collector {
 pub struct EventLoop {
     manager: EventManager<Collector>,
     collector: SubscriberId,
-    interests: BTreeMap<RawFd, (Token, EventSet)>,
+    interests: BTreeMap<RawFd, Interest>,
     /// Regular files cannot be polled; they are always ready.
     always: Vec<(RawFd, Token, EventSet)>,
 }
@@ -104,43 +113,37 @@ impl EventLoop {
 
     /// Makes `wanted` the interests, whatever they were. A descriptor may stand in it twice, once per direction.
     ///
-    /// Descriptors that were closed since the last call must not be wanted under the same number before a call
-    /// without them: call this after every round of events, as the main loop does.
-    ///
     /// # Errors
     /// A descriptor cannot be polled.
     pub fn set_interests(&mut self, wanted: impl IntoIterator<Item = Interest>) -> anyhow::Result<()> {
-        let mut next: BTreeMap<RawFd, (Token, EventSet)> = BTreeMap::new();
-        for Interest { fd, token, set } in wanted {
-            let entry = next.entry(fd).or_insert((token, EventSet::empty()));
-            entry.1 |= set;
+        let mut next: BTreeMap<RawFd, Interest> = BTreeMap::new();
+        for interest in wanted {
+            let set = interest.set;
+            next.entry(interest.fd).or_insert(interest).set |= set;
         }
-        if next == self.interests {
-            return Ok(());
-        }
+        let stays = |fd: &RawFd, old: &Interest| {
+            next.get(fd).is_some_and(|new| (new.token, new.set) == (old.token, old.set))
+        };
         let mut ops = self.manager.event_ops(self.collector)?;
-        let gone: Vec<_> =
-            self.interests.iter().filter(|&(fd, old)| next.get(fd) != Some(old)).map(|(fd, _)| *fd).collect();
-        for fd in gone {
-            self.interests.remove(&fd);
-            self.always.retain(|(always, ..)| *always != fd);
-            // A closed descriptor has left the epoll set by itself; event-manager forgets it all the same.
-            let _ = ops.remove(Events::empty(&Fd(fd)));
+        let gone: Vec<_> = self.interests.extract_if(.., |fd, old| !stays(fd, old)).collect();
+        for (fd, _still_open) in &gone {
+            match self.always.iter().position(|(always, ..)| always == fd) {
+                Some(at) => drop(self.always.swap_remove(at)),
+                None => ops.remove(Events::empty(&Fd(*fd)))?,
+            }
         }
-        for (fd, (token, set)) in next {
+        for (fd, interest) in next {
             if self.interests.contains_key(&fd) {
                 continue;
             }
-            match ops.add(Events::new(&Fd(fd), set)) {
+            match ops.add(Events::new(&Fd(fd), interest.set)) {
                 Ok(()) => {}
-                Err(event_manager::Error::Epoll(error))
-                    if kind(&error) == io::ErrorKind::PermissionDenied =>
-                {
-                    self.always.push((fd, token, set));
+                Err(event_manager::Error::Epoll(error)) if kind(&error) == io::ErrorKind::PermissionDenied => {
+                    self.always.push((fd, interest.token, interest.set));
                 }
                 Err(error) => return Err(error.into()),
             }
-            self.interests.insert(fd, (token, set));
+            self.interests.insert(fd, interest);
         }
         Ok(())
     }
@@ -165,7 +168,7 @@ impl EventLoop {
         let mut ready: Vec<_> = std::mem::take(&mut collector.ready)
             .into_iter()
             .filter_map(|(fd, set)| {
-                let (token, _) = *self.interests.get(&fd)?;
+                let token = self.interests.get(&fd)?.token;
                 let ended = set.intersects(EventSet::HANG_UP | EventSet::ERROR | EventSet::READ_HANG_UP);
                 Some(Ready {
                     token,
@@ -194,11 +197,16 @@ mod tests {
     use std::io::Write;
     use std::os::unix::net::UnixStream;
 
+    fn pair() -> (UnixStream, Arc<UnixStream>) {
+        let (mut a, b) = UnixStream::pair().unwrap();
+        a.write_all(b"x").unwrap();
+        (a, Arc::new(b))
+    }
+
     #[test]
     fn interests_follow_what_is_asked_for() {
         let mut event_loop = EventLoop::new().unwrap();
-        let (mut a, b) = UnixStream::pair().unwrap();
-        a.write_all(b"x").unwrap();
+        let (_a, b) = pair();
         let now = Some(Duration::ZERO);
         assert!(event_loop.wait(now).unwrap().is_empty());
 
@@ -218,7 +226,7 @@ mod tests {
     #[test]
     fn a_regular_file_is_always_ready() {
         let mut event_loop = EventLoop::new().unwrap();
-        let file = tempfile::tempfile().unwrap();
+        let file = Arc::new(tempfile::tempfile().unwrap());
         event_loop.set_interests([Interest::read(&file, Token::Peer(0))]).unwrap();
         assert_eq!(event_loop.wait(None).unwrap().len(), 1);
         event_loop.set_interests([]).unwrap();
@@ -226,14 +234,19 @@ mod tests {
     }
 
     #[test]
-    fn a_number_may_be_used_again() {
+    fn a_watched_descriptor_stays_open_and_so_its_number_unused() {
         let mut event_loop = EventLoop::new().unwrap();
         for _ in 0..3 {
-            let (mut a, b) = UnixStream::pair().unwrap();
-            a.write_all(b"x").unwrap();
+            let (a, b) = pair();
+            let number = b.as_raw_fd();
             event_loop.set_interests([Interest::read(&b, Token::Signals)]).unwrap();
+            drop((a, b));
+            // The owner is gone, and the end of the stream is seen all the same.
+            assert!(event_loop.wait(Some(Duration::ZERO)).unwrap()[0].readable);
+            let (_c, d) = pair();
+            assert_ne!(d.as_raw_fd(), number);
+            event_loop.set_interests([Interest::read(&d, Token::Signals)]).unwrap();
             assert_eq!(event_loop.wait(Some(Duration::ZERO)).unwrap().len(), 1);
-            drop(b);
             event_loop.set_interests([]).unwrap();
         }
     }

@@ -92,11 +92,18 @@ fn start(config: Config, arrival: Option<ExecArrival>) -> anyhow::Result<App> {
         }
         None => (None, None),
     };
-    let result = build(config, services, signals, original_mask, arriving, early);
-    result.and_then(|mut app| {
+    let terminal = early.as_ref().and_then(|early| early.chardevs.iter().find_map(|(c, _)| c.terminal()));
+    let result = build(config, services, signals, original_mask, arriving, early).and_then(|mut app| {
         app.begin()?;
         Ok(app)
-    })
+    });
+    // The terminal's modes outlive the update; unless a chardev answers for them now, this program must.
+    if let Some(terminal) = terminal
+        && !result.as_ref().is_ok_and(App::has_terminal)
+    {
+        chardev::restore_terminal(&terminal);
+    }
+    result
 }
 
 fn build(
@@ -121,13 +128,14 @@ fn build(
     };
     let (mut chardevs, mut front_ends) = (Vec::new(), Vec::new());
     for chardev_config in &config.chardevs {
-        let at = states.iter().position(|(state, _)| state.id() == chardev_config.id);
+        let identity = chardev::identity(chardev_config)?;
+        let at = states.iter().position(|(state, _)| state.identity() == identity);
         let (chardev_state, users_state) = at.map(|at| states.swap_remove(at)).unzip();
         let took_over = chardev_state.is_some();
         let chardev = Chardev::open(chardev_config, &services.registry, chardev_state)?;
         let mut front_end = front_end(chardev_config, &config)?;
         if let Some(state) = users_state {
-            front_end.restore(chardev.id(), state, &services.registry);
+            front_end.restore(&identity, state, &services.registry, chardev.is_connected());
         }
         if chardev.is_connected() && !took_over {
             front_end.connect(chardev.id());

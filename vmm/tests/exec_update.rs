@@ -1,16 +1,6 @@
 //! cpr-exec of the real binary under a real guest on KVM.
 
-use testkit::{Vmm, VmmBuilder};
-
-/// Skips the test, by name, where there is no KVM at all.
-macro_rules! need_kvm {
-    () => {
-        if !testkit::kvm_is_present() {
-            eprintln!("SKIPPED {}: there is no /dev/kvm", module_path!());
-            return Ok(());
-        }
-    };
-}
+use testkit::{Vmm, VmmBuilder, need_kvm};
 
 fn start(cpus: u8) -> anyhow::Result<Vmm> {
     VmmBuilder::new().cpus(cpus).start()

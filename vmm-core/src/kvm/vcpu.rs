@@ -119,10 +119,7 @@ impl Vcpu {
                 kb::KVM_EXIT_INTERNAL_ERROR => {
                     let internal = &details.internal;
                     let count = (internal.ndata as usize).min(internal.data.len());
-                    Exit::InternalError {
-                        suberror: internal.suberror,
-                        data: internal.data[..count].to_vec(),
-                    }
+                    Exit::InternalError { suberror: internal.suberror, data: internal.data[..count].to_vec() }
                 }
                 kb::KVM_EXIT_MEMORY_FAULT => Exit::MemoryFault { address: details.memory_fault.gpa },
                 kb::KVM_EXIT_INTR | kb::KVM_EXIT_IRQ_WINDOW_OPEN => Exit::Interrupted,
@@ -321,9 +318,8 @@ impl ImmediateExit {
     pub fn set(&self, leave: bool) {
         // SAFETY: the page is mapped as long as `self` lives, `immediate_exit` lies in it, and no reference other
         // than this atomic one is ever made to this mapping.
-        let byte = unsafe {
-            AtomicU8::from_ptr(self.page.as_ptr().add(offset_of!(kb::kvm_run, immediate_exit)))
-        };
+        let byte =
+            unsafe { AtomicU8::from_ptr(self.page.as_ptr().add(offset_of!(kb::kvm_run, immediate_exit))) };
         byte.store(leave.into(), Ordering::SeqCst);
     }
 }

@@ -141,14 +141,14 @@ fn a_wrong_length_is_refused_by_name() {
     }
     type Break = fn(&mut MachineState);
     let broken: [(&str, Break); 11] = [
-        ("cpuid", |s| drop(s.vcpus[0].cpuid.0.pop())),
+        ("cpuid", |s| s.vcpus[0].cpuid.0.truncate(39)),
         ("cpuid", |s| s.vcpus[0].cpuid = bytes(40 * 257, 0)),
         ("xsave", |s| s.vcpus[0].xsave = bytes(4092, 0)),
         ("xsave", |s| s.vcpus[0].xsave = bytes(XSAVE_MAX_LEN + 4, 0)),
         ("msrs", |s| s.vcpus[0].msrs = vec![(0, 0); MAX_MSRS + 1]),
         ("nested", |s| s.vcpus[0].nested = Some(bytes(100, 0))),
         ("nested.size", |s| s.vcpus[0].nested = Some(bytes(4224, 0))),
-        ("ioapic", |s| drop(s.vm.ioapic.0.pop())),
+        ("ioapic", |s| s.vm.ioapic.0.truncate(519)),
         ("pit", |s| s.vm.pit.0.push(0)),
         ("serial.in_buffer", |s| s.serial.in_buffer = bytes(65, 0)),
         ("vcpu.id", |s| s.vcpus[1].id = 0),

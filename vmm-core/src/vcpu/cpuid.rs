@@ -19,9 +19,7 @@ pub(crate) fn host_cpuid(
     let supported =
         kvm.get_supported_cpuid(KVM_MAX_CPUID_ENTRIES).map_err(KvmError::of("KVM_GET_SUPPORTED_CPUID"))?;
     let count = count as u32;
-    Ok((0..count)
-        .map(|index| table(supported.as_slice(), index, count, caps.tsc_deadline_timer))
-        .collect())
+    Ok((0..count).map(|index| table(supported.as_slice(), index, count, caps.tsc_deadline_timer)).collect())
 }
 
 /// Leaf 1, EDX: more than one logical processor in the package.
@@ -36,7 +34,12 @@ const CMP_LEGACY: u32 = 1 << 1;
 const LEVEL_THREAD: u32 = 1 << 8;
 const LEVEL_CORE: u32 = 2 << 8;
 
-fn table(supported: &[kvm_cpuid_entry2], index: u32, count: u32, tsc_deadline: bool) -> Vec<kvm_cpuid_entry2> {
+fn table(
+    supported: &[kvm_cpuid_entry2],
+    index: u32,
+    count: u32,
+    tsc_deadline: bool,
+) -> Vec<kvm_cpuid_entry2> {
     let core_bits = u32::BITS - (count - 1).leading_zeros();
     let highest = |first: u32| supported.iter().find(|e| e.function == first).map_or(first, |e| e.eax);
     let amd = is_amd(supported);

@@ -41,7 +41,8 @@ pub(crate) mod fault {
     use std::sync::OnceLock;
 
     /// A comma list of steps: `cpuid`, `tsc-offset`, `mp-state`, `regs`, `sregs`, `xsave`, `xcrs`, `debugregs`,
-    /// `lapic`, `msrs`, `nested`, `events`, `pic`, `irqchip`, `pit`, `kvmclock`, `gsi-routes`, `serial`.
+    /// `lapic`, `msrs`, `nested`, `events`, `pic`, `irqchip`, `pit`, `kvmclock`, `gsi-routes`, `serial`,
+    /// `platform`.
     const VARIABLE: &str = "CPR_TEST_SKIP_RESTORE";
 
     pub(crate) fn skips(step: &str) -> bool {

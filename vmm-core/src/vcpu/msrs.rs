@@ -20,6 +20,11 @@ const CHUNK: usize = 255;
 /// Hyper-V's MSRs: never offered to our guests, and merely reading them makes KVM allocate their context.
 const HYPER_V: std::ops::RangeInclusive<u32> = 0x4000_0000..=0x4000_01ff;
 
+/// The paravirtual wall clock, old and new. Setting one makes KVM write the time to that guest address on the spot: the
+/// guest's memory would change before it is known to be ours, and after a guest's kexec the address may be anything. A
+/// guest sets it anew whenever it wants to know the time, so nothing is lost.
+const WALL_CLOCK: [u32; 2] = [0x11, 0x4b56_4d00];
+
 /// Memory type ranges: base and mask of eight variable ones, the fixed ones, and the default.
 const MTRRS: [u32; 28] = [
     0x200, 0x201, 0x202, 0x203, 0x204, 0x205, 0x206, 0x207, 0x208, 0x209, 0x20a, 0x20b, 0x20c, 0x20d, 0x20e,
@@ -57,7 +62,8 @@ fn merge(listed: &[u32], tsc_has_offset: bool) -> Vec<u32> {
     // The TSC, where it is kept at all, comes before the deadline that is measured by it.
     list.extend((!tsc_has_offset).then_some(IA32_TSC));
     for index in listed.iter().copied().chain(MTRRS).chain(machine_check_controls()) {
-        if index != IA32_TSC && !HYPER_V.contains(&index) && !list.contains(&index) {
+        let left_out = index == IA32_TSC || HYPER_V.contains(&index) || WALL_CLOCK.contains(&index);
+        if !left_out && !list.contains(&index) {
             list.push(index);
         }
     }
@@ -114,10 +120,8 @@ pub(crate) fn read(io: &impl MsrIo, list: &[u32]) -> Result<Vec<(u32, u64)>, Vcp
 /// Sets all of a list, in its order.
 pub(crate) fn write(io: &impl MsrIo, values: &[(u32, u64)]) -> Result<(), VcpuError> {
     for (nth, part) in values.chunks(CHUNK).enumerate() {
-        let entries: Vec<_> = part
-            .iter()
-            .map(|&(index, data)| kvm_msr_entry { index, data, ..Default::default() })
-            .collect();
+        let entries: Vec<_> =
+            part.iter().map(|&(index, data)| kvm_msr_entry { index, data, ..Default::default() }).collect();
         let done = io.set(&chunk(&entries))?;
         if let Some(&(index, value)) = part.get(done) {
             let done = nth * CHUNK + done;
@@ -204,10 +208,12 @@ mod tests {
 
     #[test]
     fn the_list_has_the_tsc_first_or_not_at_all() {
-        let listed = [0x174, IA32_TSC, 0x6e0, 0x4000_0003, 0x200];
+        let listed = [0x174, IA32_TSC, 0x6e0, 0x4000_0003, 0x200, 0x11, 0x4b56_4d00, 0x4b56_4d01];
         let with_offset = merge(&listed, true);
-        assert!(!with_offset.contains(&IA32_TSC));
-        assert!(!with_offset.contains(&0x4000_0003));
+        for left_out in [IA32_TSC, 0x4000_0003, 0x11, 0x4b56_4d00] {
+            assert!(!with_offset.contains(&left_out), "{left_out:#x}");
+        }
+        assert!(with_offset.contains(&0x4b56_4d01));
         assert_eq!(with_offset.iter().filter(|&&i| i == 0x200).count(), 1);
         assert!(with_offset.contains(&0x2ff) && with_offset.contains(&0x47c));
         assert_eq!(merge(&listed, false)[0], IA32_TSC);

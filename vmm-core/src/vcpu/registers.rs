@@ -143,10 +143,14 @@ pub(crate) fn set_cpuid(vcpu: &Vcpu, current: &mut Option<Blob>, wanted: &Blob) 
 
 /// Decodes a CPUID table.
 pub(crate) fn load_cpuid(blob: &Blob) -> Result<CpuId, StateError> {
-    let mut entries = vec![kvm_cpuid_entry2::default(); blob.as_slice().len() / size_of::<kvm_cpuid_entry2>()];
+    let mut entries =
+        vec![kvm_cpuid_entry2::default(); blob.as_slice().len() / size_of::<kvm_cpuid_entry2>()];
     let bytes = entries.as_mut_bytes();
-    let wrong =
-        StateError::Size { field: "cpuid", rule: "a multiple of 40 up to 256 entries", found: blob.as_slice().len() };
+    let wrong = StateError::Size {
+        field: "cpuid",
+        rule: "a multiple of 40 up to 256 entries",
+        found: blob.as_slice().len(),
+    };
     if bytes.len() != blob.as_slice().len() {
         return Err(wrong);
     }

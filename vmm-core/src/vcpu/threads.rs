@@ -58,6 +58,9 @@ pub(crate) struct Cpu {
 
 type Job = Box<dyn FnOnce(&mut Cpu) + Send>;
 
+/// A job with a result, for one vCPU's thread.
+pub(crate) type Task<T> = Box<dyn FnOnce(&mut Cpu) -> Result<T, VcpuError> + Send>;
+
 enum Request {
     Job(Job),
     Run,
@@ -185,10 +188,8 @@ impl Slot {
             if left.is_zero() {
                 return false;
             }
-            let (again, timeout) = self
-                .parked
-                .wait_timeout(inner, left.min(KICK_AGAIN))
-                .unwrap_or_else(PoisonError::into_inner);
+            let (again, timeout) =
+                self.parked.wait_timeout(inner, left.min(KICK_AGAIN)).unwrap_or_else(PoisonError::into_inner);
             inner = again;
             if timeout.timed_out() && inner.phase == Phase::Running {
                 self.kick();
@@ -227,28 +228,20 @@ pub struct Vcpus {
     slots: Vec<Arc<Slot>>,
     threads: Vec<JoinHandle<()>>,
     /// One message for each vCPU once it is created, until somebody has waited for them.
-    created: Mutex<Option<Receiver<(usize, Result<(), VcpuError>)>>>,
+    created: Mutex<Option<Receiver<Report<()>>>>,
 }
 
 impl Vcpus {
     /// Starts a thread for each of `count` vCPUs and has it create its vCPU. Does not wait for that.
-    pub(crate) fn spawn(
-        count: usize,
-        vm: &Arc<Vm>,
-        environment: &Environment,
-    ) -> Result<Self, MachineError> {
+    pub(crate) fn spawn(count: usize, vm: &Arc<Vm>, environment: &Environment) -> Result<Self, MachineError> {
         signals::install_noop_handler(kick_signal())
             .map_err(|source| MachineError::Host { what: "the handler of the kick signal", source })?;
         let (created, receiver) = channel();
-        let mut vcpus =
-            Self { slots: Vec::new(), threads: Vec::new(), created: Mutex::new(Some(receiver)) };
+        let mut vcpus = Self { slots: Vec::new(), threads: Vec::new(), created: Mutex::new(Some(receiver)) };
         for index in 0..count {
             let slot = Arc::new(Slot::new(index));
-            let thread = VcpuThread {
-                slot: Arc::clone(&slot),
-                vm: Arc::clone(vm),
-                environment: environment.clone(),
-            };
+            let thread =
+                VcpuThread { slot: Arc::clone(&slot), vm: Arc::clone(vm), environment: environment.clone() };
             let created = created.clone();
             let handle = std::thread::Builder::new()
                 .name(format!("vcpu{index}"))
@@ -298,7 +291,6 @@ impl Vcpus {
     /// # Errors
     /// The vCPU whose thread has ended.
     pub fn resume(&self) -> Result<(), MachineError> {
-        self.ready()?;
         for slot in &self.slots {
             match slot.post(Request::Run) {
                 Ok(()) | Err(VcpuError::Running) => {}
@@ -338,10 +330,11 @@ impl Vcpus {
         }
     }
 
-    /// Gives every parked vCPU's thread one job, all at the same time; the result waits for them.
+    /// Gives every parked vCPU's thread one job, all at the same time; the result waits for them. A vCPU that is still
+    /// being created gets to it afterwards.
     pub(crate) fn start_on_all<T: Send + 'static>(
         &self,
-        mut job: impl FnMut(usize) -> Box<dyn FnOnce(&mut Cpu) -> Result<T, VcpuError> + Send>,
+        mut job: impl FnMut(usize) -> Task<T>,
     ) -> Result<Pending<T>, MachineError> {
         let (sender, receiver) = channel();
         for slot in &self.slots {
@@ -354,7 +347,7 @@ impl Vcpus {
     /// Gives every parked vCPU's thread one job and waits for all results.
     pub(crate) fn on_all<T: Send + 'static>(
         &self,
-        job: impl FnMut(usize) -> Box<dyn FnOnce(&mut Cpu) -> Result<T, VcpuError> + Send>,
+        job: impl FnMut(usize) -> Task<T>,
     ) -> Result<Vec<T>, MachineError> {
         self.start_on_all(job)?.wait()
     }
@@ -397,11 +390,7 @@ impl std::fmt::Debug for Vcpus {
 
 type Report<T> = (usize, Result<T, VcpuError>);
 
-fn reporting<T: Send + 'static>(
-    index: usize,
-    sender: &Sender<Report<T>>,
-    job: Box<dyn FnOnce(&mut Cpu) -> Result<T, VcpuError> + Send>,
-) -> Request {
+fn reporting<T: Send + 'static>(index: usize, sender: &Sender<Report<T>>, job: Task<T>) -> Request {
     let sender = sender.clone();
     Request::Job(Box::new(move |cpu| {
         // Nobody waits any more if an earlier vCPU failed.
@@ -495,10 +484,8 @@ impl VcpuThread {
 
     fn create(&self) -> Result<Cpu, VcpuError> {
         // After an exec every signal is blocked, the kick among them; before one, SIGTERM is the main loop's affair.
-        signals::set_mask(thread_mask()).map_err(|source| crate::error::KvmError {
-            call: "pthread_sigmask of a vCPU thread",
-            source,
-        })?;
+        signals::set_mask(thread_mask())
+            .map_err(|source| crate::error::KvmError { call: "pthread_sigmask of a vCPU thread", source })?;
         let _ = self.slot.thread.set(ThreadId::current());
         let mut vcpu = self.vm.create_vcpu(self.slot.index as u32)?;
         let immediate_exit = vcpu.immediate_exit()?;

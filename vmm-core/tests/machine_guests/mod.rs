@@ -123,7 +123,11 @@ pub(crate) fn machine(backend: &Backend, vcpus: usize) -> (Machine, Console) {
     observed(backend, vcpus, Arc::new(NoObserver))
 }
 
-pub(crate) fn observed(backend: &Backend, vcpus: usize, observer: Arc<dyn RunObserver>) -> (Machine, Console) {
+pub(crate) fn observed(
+    backend: &Backend,
+    vcpus: usize,
+    observer: Arc<dyn RunObserver>,
+) -> (Machine, Console) {
     let console = Console::default();
     let ram = GuestRam::map(backend).unwrap();
     let serial = Box::new(console.clone());

@@ -97,15 +97,16 @@ impl User {
 
 impl App {
     pub(super) fn wants_input(&self, at: usize) -> bool {
-        self.parts.front_ends[at].wants_input()
+        let front_end = &self.parts.front_ends[at];
+        // What comes for the serial line before the guest is here stays where it is: monitors are read, nothing else.
+        let for_guest = front_end.mux.is_none() && matches!(front_end.users[..], [User::Serial(_)]);
+        front_end.wants_input() && !(for_guest && self.parts.arriving.is_some())
     }
 
     pub(super) fn serial_is_full(&self) -> bool {
-        self.parts
-            .front_ends
-            .iter()
-            .flat_map(|f| &f.users)
-            .any(|user| matches!(user, User::Serial(waiting) if !waiting.is_empty()))
+        let mut users = self.parts.front_ends.iter().flat_map(|f| &f.users);
+        self.parts.arriving.is_none()
+            && users.any(|user| matches!(user, User::Serial(waiting) if !waiting.is_empty()))
     }
 
     pub(super) fn accept(&mut self, at: usize) -> anyhow::Result<()> {
@@ -172,7 +173,8 @@ impl App {
         let slot = &mut self.parts.front_ends[at].users[user];
         match slot {
             User::Serial(waiting) => {
-                if !waiting.is_empty() {
+                // Before the port's own state is there, input would be lost to it.
+                if !waiting.is_empty() && self.parts.arriving.is_none() {
                     let serial = self.parts.machine.serial();
                     let accepted = serial.enqueue(waiting.make_contiguous());
                     waiting.drain(..accepted);
@@ -181,6 +183,8 @@ impl App {
             // Taken out meanwhile: commands act on the whole program.
             User::Hmp(session) => {
                 let Some(mut session) = session.take() else { return };
+                // Looked up each time, because windows are resized.
+                session.set_columns(self.parts.chardevs[at].columns());
                 session.process(self);
                 let written = session.output().len();
                 self.parts.chardevs[at].output().write(session.output());

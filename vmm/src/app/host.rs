@@ -56,16 +56,18 @@ enum UserState {
     Qmp(Option<qmp::SessionState>, u64),
 }
 
-/// Version 1 of [`MACHINE`]: must be equal on both sides.
+/// Version 1 of [`MACHINE`]: must be equal on both sides, but for the run state.
 #[derive(Debug, PartialEq, Eq, Serialize, Deserialize)]
 struct MachineSection {
     machine_type: String,
     ram_bytes: u64,
     vcpus: u32,
+    /// QMP's name of the run state before the update: what a guest that did not run is in afterwards.
+    run_state: String,
 }
 
 impl MachineSection {
-    fn of(config: &Config) -> MachineSection {
+    fn of(config: &Config, run_state: RunState) -> MachineSection {
         let machine_type = match config.machine.machine_type {
             MachineType::Microvm => "microvm",
         };
@@ -73,6 +75,7 @@ impl MachineSection {
             machine_type: machine_type.into(),
             ram_bytes: config.memory.size_bytes,
             vcpus: config.cpus.into(),
+            run_state: run_state.name().into(),
         }
     }
 
@@ -109,7 +112,8 @@ fn received_fd(chardev: &str) -> String {
 
 impl FrontEnd {
     /// Goes on with the sessions that `state` has for the same kind of user, and starts the others afresh.
-    pub fn restore(&mut self, chardev: &str, state: FrontEndState, registry: &FdRegistry) {
+    /// `connected`: the peer they talk to was taken over as well; without it they have ended.
+    pub fn restore(&mut self, chardev: &str, state: FrontEndState, registry: &FdRegistry, connected: bool) {
         let received = |count: u64, offset: u64| -> Vec<OwnedFd> {
             (0..count)
                 .filter_map(|at| registry.find::<OwnedFd>(&received_fd(chardev), offset + at))
@@ -120,6 +124,7 @@ impl FrontEnd {
         for (user, state) in self.users.iter_mut().zip(state.users) {
             match (user, state) {
                 (User::Serial(waiting), UserState::Serial(bytes)) => *waiting = bytes.into(),
+                _ if !connected => {}
                 (User::Hmp(session), UserState::Hmp(saved, fds)) => {
                     *session = saved.map(|saved| {
                         let mut session = hmp::Session::restore(saved, received(fds, offset));
@@ -175,12 +180,12 @@ impl App {
                     User::Serial(waiting) => UserState::Serial(waiting.iter().copied().collect()),
                     User::Hmp(session) => {
                         let fds = session.iter().flat_map(|s| s.received_fds());
-                        let fds = save_received(fds, chardev.id(), &mut offset, registry, &mut kept)?;
+                        let fds = save_received(fds, chardev.identity(), &mut offset, registry, &mut kept)?;
                         UserState::Hmp(session.as_ref().map(|s| s.save()), fds)
                     }
                     User::Qmp(session) => {
                         let fds = session.iter().flat_map(|s| s.received_fds());
-                        let fds = save_received(fds, chardev.id(), &mut offset, registry, &mut kept)?;
+                        let fds = save_received(fds, chardev.identity(), &mut offset, registry, &mut kept)?;
                         UserState::Qmp(session.as_ref().map(|s| s.save()), fds)
                     }
                 });
@@ -199,7 +204,7 @@ impl App {
         // Sessions have passed their output on to the chardevs by now, so that events told up to here are saved once.
         self.deliver_events();
         let machine = self.parts.machine.save()?;
-        state.main.put_value(MACHINE, 0, 1, &MachineSection::of(&self.parts.config))?;
+        state.main.put_value(MACHINE, 0, 1, &MachineSection::of(&self.parts.config, self.state_before_update))?;
         state.main.put_value(VM, 0, 1, &machine.vm)?;
         for (instance, vcpu) in machine.vcpus.iter().enumerate() {
             state.main.put_value(VCPU, u32::try_from(instance)?, 1, vcpu)?;
@@ -213,7 +218,11 @@ impl App {
 
     fn load_sections(&mut self, main: &mut Frame) -> anyhow::Result<()> {
         let machine: MachineSection = main.require(MACHINE, 0)?.decode(1)?;
-        MachineSection::of(&self.parts.config).check(&machine)?;
+        MachineSection::of(&self.parts.config, self.parts.run_state).check(&machine)?;
+        self.state_before_update = match machine.run_state.as_str() {
+            "prelaunch" => RunState::Prelaunch,
+            _ => RunState::Paused,
+        };
         let mut vcpus = Vec::new();
         for instance in 0..machine.vcpus {
             vcpus.push(main.require(VCPU, instance)?.decode(1)?);
@@ -253,7 +262,7 @@ impl App {
             if let Err(error) = keeper.release() {
                 tracing::warn!(%error, "the keeper could not be released");
             }
-            self.keeper = Some((keeper, Some(arriving.incoming)));
+            self.keeper = Some((Arc::new(keeper), arriving.incoming));
         } else {
             arriving.incoming.released();
         }

@@ -149,6 +149,8 @@ impl App {
         if ran {
             self.parts.machine.pause(PAUSE_TIMEOUT)?;
         }
+        // A kernel's zero-initialised data is expected to be zero, as in a machine that was just switched on.
+        self.parts.ram.clear()?;
         let entry = startup::load_kernel(&self.parts.config, &self.parts.ram)?;
         self.parts.machine.reset(&|regs, sregs| entry.apply(regs, sregs))?;
         let reason = if by_guest { "guest-reset" } else { "host-qmp-system-reset" };

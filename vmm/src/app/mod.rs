@@ -67,7 +67,7 @@ pub struct App {
     update: Option<Update>,
     terminal: Option<TerminalAction>,
     /// The keeper of the update that this program came from, until it has ended.
-    keeper: Option<(KeeperEnd, Option<cpr_core::Incoming>)>,
+    keeper: Option<(Arc<KeeperEnd>, cpr_core::Incoming)>,
     /// A monitor that waits for the end of the update.
     suspended: bool,
     /// QMP events that monitors have not been given yet.
@@ -149,10 +149,15 @@ impl App {
         }
     }
 
+    /// Whether one of the chardevs is a terminal, and will give it back as it was found.
+    pub fn has_terminal(&self) -> bool {
+        self.parts.chardevs.iter().any(Chardev::has_terminal)
+    }
+
     fn interests(&self) -> Vec<Interest> {
         let mut interests = vec![
-            Interest::read(&self.parts.signals, Token::Signals),
-            Interest::read(self.parts.machine.events(), Token::Vcpus),
+            Interest::read_forever(&self.parts.signals, Token::Signals),
+            Interest::read_forever(self.parts.machine.events(), Token::Vcpus),
         ];
         for (at, chardev) in self.parts.chardevs.iter().enumerate() {
             interests.extend(chardev.interests(at, self.wants_input(at)));
@@ -192,7 +197,10 @@ impl App {
     /// this thread: no monitor is read, so nothing can be lost between the saved state and the next program.
     fn run_update(&mut self) {
         // One keeper at a time: it holds a whole address space.
-        if self.keeper.is_some() {
+        if let Some((keeper, _)) = &self.keeper {
+            if self.update.is_some() {
+                keeper.hurry();
+            }
             return;
         }
         let Some(mut update) = self.update.take() else { return };
@@ -286,13 +294,11 @@ impl App {
     }
 
     fn reap_keeper(&mut self) {
-        let Some((keeper, incoming)) = self.keeper.take() else { return };
+        let Some((keeper, mut incoming)) = self.keeper.take() else { return };
         if let Err(error) = keeper.reap() {
             tracing::warn!(%error, "the keeper could not be reaped");
         }
-        if let Some(mut incoming) = incoming {
-            incoming.released();
-        }
+        incoming.released();
     }
 
     /// The orderly end: last output, terminal modes, socket paths.

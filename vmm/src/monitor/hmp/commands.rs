@@ -124,7 +124,17 @@ pub(super) const COMMANDS: &[HmpCommand] = &[
     plain!(&["stop", "s"], "pause the guest", Stop),
     plain!(&["cont", "c"], "let the guest run on", Cont),
     plain!(&["system_reset"], "reset the guest, as its reset button would", SystemReset),
-    plain!(&["quit", "q"], "end cpr-vmm and the guest with it", Quit),
+    HmpCommand {
+        names: &["quit", "q"],
+        params: "",
+        help: "end cpr-vmm and the guest with it",
+        args: &[],
+        run: |context, _| {
+            context.execute(Command::Quit)?;
+            // No prompt any more: what follows on the terminal is somebody else's.
+            Ok(Flow::Suspended)
+        },
+    },
     HmpCommand {
         names: &["migrate"],
         params: "[-d] URI",
