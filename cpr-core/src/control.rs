@@ -39,9 +39,8 @@ impl Control {
         let page = SharedWords::create("cpr-control", WORDS)?;
         let control = Control { page, epoch };
         let boot_id = oslib::clock::boot_id()?;
-        for (at, half) in BOOT_ID_AT.into_iter().zip(boot_id.chunks(8)) {
-            let half = half.try_into().expect("a boot id is 16 bytes");
-            control.cell(at).store(u64::from_le_bytes(half), Ordering::Relaxed);
+        for (at, half) in BOOT_ID_AT.into_iter().zip(boot_id_words(boot_id)) {
+            control.cell(at).store(half, Ordering::Relaxed);
         }
         control.cell(EPOCH_AT).store(epoch, Ordering::Relaxed);
         OwnershipWord::start(control.cell(WORD_AT), epoch);
@@ -61,6 +60,11 @@ impl Control {
         }
         if page.words()[EPOCH_AT].load(Ordering::Relaxed) != epoch {
             return Err(invalid("the control page is of another update"));
+        }
+        // Stamps of another boot would be of another clock.
+        let boot_id = boot_id_words(oslib::clock::boot_id()?);
+        if BOOT_ID_AT.map(|at| page.words()[at].load(Ordering::Relaxed)) != boot_id {
+            return Err(invalid("the control page is of another boot of this host"));
         }
         Ok(Control { page, epoch })
     }
@@ -105,6 +109,11 @@ impl Control {
     }
 }
 
+fn boot_id_words(boot_id: [u8; 16]) -> [u64; 2] {
+    let number = u128::from_le_bytes(boot_id);
+    [number as u64, (number >> 64) as u64]
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -128,6 +137,9 @@ mod tests {
         let other = Control::create(9).unwrap();
         let error = Control::attach(other.fd().clone(), 8).unwrap_err().to_string();
         assert_eq!(error, "the control page is of another update");
+        other.cell(BOOT_ID_AT[1]).fetch_add(1, Ordering::Relaxed);
+        let error = Control::attach(other.fd().clone(), 9).unwrap_err().to_string();
+        assert_eq!(error, "the control page is of another boot of this host");
         let plain = SharedWords::create("plain", WORDS).unwrap();
         Control::attach(plain.fd().clone(), 9).unwrap_err();
     }

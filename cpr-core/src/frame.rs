@@ -88,13 +88,13 @@ pub enum FrameError {
         instance: u32,
     },
     /// A section version that this program does not read.
-    #[error("state section '{name}' has version {found}; this program reads {}", versions(*.current))]
+    #[error("state section '{name}' has version {found}; this program reads version {current}")]
     SectionVersion {
         /// The name.
         name: String,
         /// The version found.
         found: u32,
-        /// The newest version that is read.
+        /// The version that is read.
         current: u32,
     },
     /// A section body that does not decode.
@@ -110,10 +110,6 @@ pub enum FrameError {
     /// The frame could not be read at all.
     #[error("the state frame cannot be read: {0}")]
     Io(#[from] io::Error),
-}
-
-fn versions(current: u32) -> String {
-    if current > 1 { format!("{} and {current}", current - 1) } else { current.to_string() }
 }
 
 /// Encodes a wire type with postcard, our helper for section bodies. Bodies may be anything.
@@ -320,6 +316,9 @@ impl Frame {
             let body_len = cursor.u64().ok_or_else(short)?;
             let name = cursor.bytes(u64::from(name_len)).ok_or_else(short)?;
             let name = std::str::from_utf8(name).map_err(|_| FrameError::Malformed("a name is not UTF-8"))?;
+            if name.is_empty() || name.len() > MAX_NAME_LEN {
+                return Err(FrameError::Malformed("a section name has 1 to 255 bytes"));
+            }
             rows.push((name, version, instance, body_len));
         }
         let mut sections = BTreeMap::new();
@@ -429,7 +428,7 @@ mod tests {
         let mut frame = Frame::parse(&sample()).unwrap();
         let section = frame.require("vcpu", 1).unwrap();
         let error = section.decode::<(u64, String)>(2).unwrap_err().to_string();
-        assert_eq!(error, "state section 'vcpu' has version 3; this program reads 1 and 2");
+        assert_eq!(error, "state section 'vcpu' has version 3; this program reads version 2");
         let error = section.decode::<u64>(3).unwrap_err().to_string();
         assert_eq!(error, "state section 'vcpu' instance 1 is malformed: 4 bytes too many");
     }

@@ -26,7 +26,7 @@ pub enum Event {
     Adopt,
     /// Target; state is loaded and the irqchip is back. Attach interrupts, re-kick queues.
     Restored,
-    /// Target; committed, the guest is about to run. Cannot fail.
+    /// Target; committed, the guest was told to run. Cannot fail.
     Running,
     /// Target; the keeper or source has ended. Cannot fail.
     Released,

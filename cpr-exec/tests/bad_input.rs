@@ -5,7 +5,7 @@ mod common;
 
 use std::io::{Seek, SeekFrom, Write};
 use std::net::TcpListener;
-use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
 use std::process::Command;
@@ -14,7 +14,7 @@ use std::sync::Arc;
 use common::{Echo, Process, connect, echo_program, wait_until};
 use cpr_core::frame::FrameWriter;
 use cpr_core::{Control, FdKind, FdPolicy, FdRegistry};
-use oslib::{cloexec, memfd::Memfd};
+use oslib::memfd::Memfd;
 use serde::Serialize;
 
 // The source: a command or a state file that cannot be used.
@@ -78,12 +78,16 @@ fn a_full_disk_is_rolled_back() {
 
 /// A start with these reserved variables, of a program that must end before it does anything.
 fn ends_with(variables: &[(&str, &str)]) -> String {
+    ends_with_passing(variables, |_| {})
+}
+
+fn ends_with_passing(variables: &[(&str, &str)], each: impl Fn(&dyn Fn(BorrowedFd<'_>))) -> String {
     // The port is taken and the last option unknown: a program that got as far would say so.
     let taken = TcpListener::bind("127.0.0.1:0").unwrap();
     let port = taken.local_addr().unwrap().port().to_string();
     let mut command = Command::new(echo_program());
     command.args(["--port", &port, "--bogus"]).envs(variables.iter().copied());
-    let (status, stdout, stderr) = Process::spawn(&mut command).end();
+    let (status, stdout, stderr) = Process::spawn_passing(&mut command, each).end();
     assert_eq!((status.code(), stdout.as_str()), (Some(1), ""), "{stderr}");
     stderr
 }
@@ -99,10 +103,9 @@ fn a_reserved_variable_that_is_unknown_ends_the_program_before_it_opens_anything
     }
     // Even next to a state that could be used.
     let crafted = Crafted::new();
-    let stderr = {
-        let _inherited = crafted.inheritable();
-        ends_with(&[("CPR_VMM_STATE", &crafted.state.as_raw_fd().to_string()), ("CPR_VMM_FUTURE", "1")])
-    };
+    let number = crafted.state.as_raw_fd().to_string();
+    let both = [("CPR_VMM_STATE", number.as_str()), ("CPR_VMM_FUTURE", "1")];
+    let stderr = ends_with_passing(&both, |visit| crafted.each(visit));
     assert!(stderr.contains("CPR_VMM_FUTURE"), "{stderr}");
     // The prefix ends in an underscore. Without a bad variable, the bad option is what ends it.
     assert!(ends_with(&[("CPR_VMMX", "1")]).contains("usage"), "not reserved");
@@ -129,10 +132,8 @@ fn a_state_descriptor_that_is_no_memfd_is_refused() {
     let file = tempfile::tempfile_in("/dev/shm").unwrap();
     let socket = TcpListener::bind("127.0.0.1:0").unwrap();
     for fd in [file.as_fd(), socket.as_fd()] {
-        cloexec::clear(fd).unwrap();
         let number = fd.as_raw_fd().to_string();
-        let stderr = ends_with(&[("CPR_VMM_STATE", &number)]);
-        cloexec::set(fd).unwrap();
+        let stderr = ends_with_passing(&[("CPR_VMM_STATE", &number)], |visit| visit(fd));
         assert!(stderr.contains(&format!("names descriptor {number}, which is no memfd")), "{stderr}");
     }
 }
@@ -218,19 +219,8 @@ impl Crafted {
         file.write_all(frame).unwrap();
     }
 
-    /// Lets a child inherit the descriptors for as long as the guard lives.
-    fn inheritable(&self) -> impl Drop + '_ {
-        struct Guard<'a>(&'a Crafted);
-        impl Drop for Guard<'_> {
-            fn drop(&mut self) {
-                self.0.each(|fd| cloexec::set(fd).unwrap());
-            }
-        }
-        self.each(|fd| cloexec::clear(fd).unwrap());
-        Guard(self)
-    }
-
-    fn each(&self, visit: impl Fn(std::os::fd::BorrowedFd<'_>)) {
+    /// Every descriptor that the target is to inherit.
+    fn each(&self, visit: &dyn Fn(BorrowedFd<'_>)) {
         visit(self.state.as_fd());
         let _ = self.registry.walk_fd(|_, fd| {
             visit(fd);
@@ -239,8 +229,9 @@ impl Crafted {
     }
 
     fn start(&self) -> Process {
-        let _inherited = self.inheritable();
-        Process::spawn(Command::new(echo_program()).env("CPR_VMM_STATE", self.state.as_raw_fd().to_string()))
+        let number = self.state.as_raw_fd().to_string();
+        let mut command = Command::new(echo_program());
+        Process::spawn_passing(command.env("CPR_VMM_STATE", number), |visit| self.each(visit))
     }
 
     /// The words with which the target refuses it. Nothing was touched: the word still says so.

@@ -83,6 +83,14 @@ pub fn wait_readable(fd: impl AsFd) -> io::Result<()> {
     retry::wait_readable(fd.as_fd(), None).map(drop)
 }
 
+/// The same for `limit` at most; says whether there is.
+///
+/// # Errors
+/// Those of poll(2).
+pub fn wait_readable_for(fd: impl AsFd, limit: Duration) -> io::Result<bool> {
+    retry::wait_readable(fd.as_fd(), Some(limit))
+}
+
 /// Takes a connection from a nonblocking listener, close-on-exec from birth; `None` if nobody is there.
 ///
 /// # Errors

@@ -7,7 +7,7 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, bail, ensure};
+use anyhow::{bail, ensure};
 use oslib::term::{self, Termios};
 
 use crate::PATIENCE;
@@ -18,14 +18,18 @@ pub struct Console {
     screen: OwnedFd,
     /// Everything that came, as it came.
     raw: Vec<u8>,
-    /// How much of [`text`](Self::text) the expectations so far have used up.
+    /// The same as it stands on the screen.
+    text: Vec<u8>,
+    /// Whether the last byte that came is within a control sequence.
+    in_sequence: bool,
+    /// How much of `text` the expectations so far have used up.
     read: usize,
 }
 
 impl Console {
     /// Types into `keyboard` and reads from `screen`.
     pub fn new(keyboard: OwnedFd, screen: OwnedFd) -> Console {
-        Console { keyboard, screen, raw: Vec::new(), read: 0 }
+        Console { keyboard, screen, raw: Vec::new(), text: Vec::new(), in_sequence: false, read: 0 }
     }
 
     /// Connects to a unix socket.
@@ -68,17 +72,32 @@ impl Console {
     /// # Errors
     /// It does not come; the error has all that came.
     pub fn expect(&mut self, text: &str) -> anyhow::Result<String> {
-        let deadline = Instant::now() + PATIENCE;
+        self.expect_within(text, PATIENCE)
+    }
+
+    /// As [`expect`](Self::expect), for what may take `limit`.
+    ///
+    /// # Errors
+    /// It does not come; the error has all that came.
+    pub fn expect_within(&mut self, text: &str, limit: Duration) -> anyhow::Result<String> {
+        let deadline = Instant::now() + limit;
+        let mut searched = self.read;
         loop {
-            let seen = self.text();
-            if let Some(at) = seen[self.read..].find(text) {
-                let before = seen[self.read..self.read + at].to_owned();
-                self.read += at + text.len();
+            let found = self.text[searched..].windows(text.len()).position(|part| part == text.as_bytes());
+            if let Some(at) = found.map(|at| searched + at) {
+                let before = lossy(&self.text[self.read..at]);
+                self.read = at + text.len();
                 return Ok(before);
             }
+            // Its beginning may be there already.
+            searched = self.text.len().saturating_sub(text.len()).max(self.read);
             let left = deadline.saturating_duration_since(Instant::now());
-            if !self.read_some(left).with_context(|| format!("waiting for {text:?} after {seen:?}"))? {
-                bail!("waited in vain for {text:?} after {seen:?}");
+            match self.read_some(left) {
+                Ok(true) => {}
+                Ok(false) => bail!("waited {limit:?} in vain for {text:?} after {:?}", self.text()),
+                Err(error) => {
+                    return Err(error.context(format!("waiting for {text:?} after {:?}", self.text())));
+                }
             }
         }
     }
@@ -90,7 +109,7 @@ impl Console {
     pub fn rest(&mut self, time: Duration) -> anyhow::Result<String> {
         let deadline = Instant::now() + time;
         while self.read_some(deadline.saturating_duration_since(Instant::now()))? {}
-        Ok(self.text()[self.read..].to_owned())
+        Ok(lossy(&self.text[self.read..]))
     }
 
     /// Reads to the end, and gives all that ever came.
@@ -110,18 +129,7 @@ impl Console {
 
     /// All that came, as it stands on the screen: without carriage returns and control sequences.
     pub fn text(&self) -> String {
-        let raw = String::from_utf8_lossy(&self.raw);
-        let mut text = String::new();
-        let mut chars = raw.chars();
-        while let Some(char) = chars.next() {
-            match char {
-                '\r' => {}
-                // A sequence ends with its first letter.
-                '\x1b' => drop(chars.by_ref().find(char::is_ascii_alphabetic)),
-                _ => text.push(char),
-            }
-        }
-        text
+        lossy(&self.text)
     }
 
     /// All that came, as it came.
@@ -131,17 +139,13 @@ impl Console {
 
     /// Waits up to `limit` for something to read; says whether there was anything.
     fn read_some(&mut self, limit: Duration) -> anyhow::Result<bool> {
-        let deadline = Instant::now() + limit;
-        while !oslib::stream::is_readable(&self.screen)? {
-            if Instant::now() >= deadline {
-                return Ok(false);
-            }
-            std::thread::sleep(Duration::from_micros(200));
+        if !oslib::stream::wait_readable_for(&self.screen, limit)? {
+            return Ok(false);
         }
         match oslib::stream::read(&self.screen, 1 << 16) {
             Ok(bytes) if bytes.is_empty() => Err(Ended.into()),
             Ok(bytes) => {
-                self.raw.extend(bytes);
+                self.show(&bytes);
                 Ok(true)
             }
             Err(error) if error.kind() == io::ErrorKind::Interrupted => Ok(true),
@@ -150,6 +154,23 @@ impl Console {
             Err(error) => Err(error.into()),
         }
     }
+
+    fn show(&mut self, bytes: &[u8]) {
+        self.raw.extend(bytes);
+        for &byte in bytes {
+            match byte {
+                // A sequence ends with its first letter.
+                _ if self.in_sequence => self.in_sequence = !byte.is_ascii_alphabetic(),
+                b'\x1b' => self.in_sequence = true,
+                b'\r' => {}
+                _ => self.text.push(byte),
+            }
+        }
+    }
+}
+
+fn lossy(bytes: &[u8]) -> String {
+    String::from_utf8_lossy(bytes).into_owned()
 }
 
 const EIO: i32 = 5;

@@ -10,6 +10,7 @@ mod guest;
 mod measure;
 pub mod process;
 mod qmp;
+mod shell;
 mod vmm;
 
 pub use console::{Console, Terminal, pipes};
@@ -17,12 +18,13 @@ pub use gate::{Gate, Held};
 pub use guest::{Guest, beat_gap_us};
 pub use measure::{Meter, Through, Update, median};
 pub use qmp::{Qmp, QmpFailure};
+pub use shell::GuestShell;
 pub use vmm::{Vmm, VmmBuilder, binary, payload_tsc_hz};
 
 use std::time::{Duration, Instant};
 
 /// How long anything may take that is not said to take longer.
-pub const PATIENCE: Duration = Duration::from_secs(20);
+pub const PATIENCE: Duration = Duration::from_secs(60);
 
 /// Waits until `ready` gives something, `limit` at most.
 ///

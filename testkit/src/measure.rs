@@ -105,7 +105,8 @@ impl Meter {
         action: impl FnOnce() -> anyhow::Result<()>,
     ) -> anyhow::Result<Duration> {
         // Asked of all before any is waited for: where vCPUs share a CPU, one answer takes a time slice.
-        let tickets: Vec<_> = self.each().map(|index| (index, guest.vcpu(index).request_gap_reset())).collect();
+        let tickets: Vec<_> =
+            self.each().map(|index| (index, guest.vcpu(index).request_gap_reset())).collect();
         for (index, ticket) in tickets {
             wait_for("the gap reset", PATIENCE, || guest.vcpu(index).gap_was_reset(ticket).then_some(()))?;
         }

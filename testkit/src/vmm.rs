@@ -12,7 +12,7 @@ use anyhow::{Context, bail, ensure};
 use serde_json::{Value, json};
 use tempfile::TempDir;
 
-use crate::{Guest, PATIENCE, Qmp};
+use crate::{Guest, PATIENCE, Qmp, process};
 
 /// The `cpr-vmm` that was built beside the running test or tool, in the same profile; `TESTKIT_CPR_VMM` names another.
 pub fn binary() -> PathBuf {
@@ -203,7 +203,7 @@ impl VmmBuilder {
         };
         if self.wrapper_forks {
             vmm.pid = crate::wait_for("the wrapper's child", PATIENCE, || {
-                crate::process::children(vmm.child.id()).ok()?.first().copied()
+                process::children(vmm.child.id()).ok()?.first().copied()
             })?;
         }
         Ok(vmm)
@@ -215,10 +215,7 @@ impl VmmBuilder {
     /// It does not come up; the error has its standard error.
     pub fn start(self) -> anyhow::Result<Vmm> {
         let mut vmm = self.spawn()?;
-        match Qmp::connect(&vmm.path("qmp")) {
-            Ok(qmp) => vmm.qmp = Some(qmp),
-            Err(error) => return Err(error.context(format!("cpr-vmm says: {}", vmm.stderr()))),
-        }
+        vmm.connect()?;
         Ok(vmm)
     }
 }
@@ -248,7 +245,7 @@ impl Vmm {
 
     /// The VM's processes: itself, a wrapper, keepers.
     pub fn processes(&self) -> Vec<u32> {
-        crate::process::processes_in(self.dir.path())
+        process::processes_in(self.dir.path())
     }
 
     /// The machine arguments that it was started with.
@@ -259,6 +256,18 @@ impl Vmm {
     /// What it wrote to standard error so far.
     pub fn stderr(&self) -> String {
         std::fs::read_to_string(self.path("stderr")).unwrap_or_default()
+    }
+
+    /// Connects QMP, after a mere [`spawn`](VmmBuilder::spawn).
+    ///
+    /// # Errors
+    /// The process does not come up; the error has its standard error.
+    pub fn connect(&mut self) -> anyhow::Result<()> {
+        match Qmp::connect(&self.path("qmp")) {
+            Ok(qmp) => self.qmp = Some(qmp),
+            Err(error) => return Err(error.context(format!("cpr-vmm says: {}", self.stderr()))),
+        }
+        Ok(())
     }
 
     /// The QMP connection.
@@ -359,6 +368,25 @@ impl Vmm {
     pub fn status(&mut self) -> anyhow::Result<String> {
         let status = self.qmp().execute("query-status", json!({}))?;
         Ok(status["status"].as_str().unwrap_or_default().to_owned())
+    }
+
+    /// Stops the process as a whole, with its guest, until [`go_on`](Self::go_on): what it is sent meanwhile it finds
+    /// all at once.
+    ///
+    /// # Errors
+    /// It is gone, or does not stop.
+    pub fn halt(&self) -> anyhow::Result<()> {
+        process::send_signal(self.pid, process::SIGSTOP)?;
+        let stopped = || process::status_field(self.pid, "State").is_ok_and(|state| state.starts_with('T'));
+        crate::wait_for("the process to stop", PATIENCE, || stopped().then_some(()))
+    }
+
+    /// Lets it go on.
+    ///
+    /// # Errors
+    /// It is gone.
+    pub fn go_on(&self) -> anyhow::Result<()> {
+        Ok(process::send_signal(self.pid, process::SIGCONT)?)
     }
 
     /// Asks it to end, and waits for a good exit.

@@ -218,7 +218,11 @@ fn affordable(sizes: &[u64]) -> Vec<u64> {
     let mut affordable = Vec::new();
     for &size in sizes {
         if size + OVERHEAD > left {
-            eprintln!("SKIPPED exec_blackout_ram/{} MiB: {} MiB of memory are left for it", size / MIB, left / MIB);
+            eprintln!(
+                "SKIPPED exec_blackout_ram/{} MiB: {} MiB of memory are left for it",
+                size / MIB,
+                left / MIB
+            );
             continue;
         }
         left -= size + OVERHEAD;

@@ -445,7 +445,11 @@ fn open_stdio(output: &Output, signal: bool, state: Option<ChardevState>) -> any
         None => oslib::term::get(&input).ok(),
     };
     if let Some(original) = original {
-        oslib::term::set(&input, &original.make_raw(signal))?;
+        match oslib::term::set(&input, &original.make_raw(signal)) {
+            // A terminal that hung up during the update must not take the guest with it.
+            Err(error) if saved.is_some() => tracing::debug!(%error, "the terminal is gone"),
+            result => result?,
+        }
     }
     let sink = if oslib::stream::is_regular_file(&sink) { Sink::File(sink) } else { Sink::Blocking(sink) };
     output.connect(sink, pending(state));
@@ -514,7 +518,13 @@ fn connect_output(
     pending: Vec<u8>,
 ) -> anyhow::Result<Arc<OwnedFd>> {
     let connection = Arc::new(stream);
-    registry.save(&registry_name(identity), CONNECTION, FdKind::Socket, FdPolicy::MayBeRebuilt, &connection)?;
+    registry.save(
+        &registry_name(identity),
+        CONNECTION,
+        FdKind::Socket,
+        FdPolicy::MayBeRebuilt,
+        &connection,
+    )?;
     output.connect(Sink::Socket(connection.clone()), pending);
     Ok(connection)
 }

@@ -138,7 +138,9 @@ impl EventLoop {
             }
             match ops.add(Events::new(&Fd(fd), interest.set)) {
                 Ok(()) => {}
-                Err(event_manager::Error::Epoll(error)) if kind(&error) == io::ErrorKind::PermissionDenied => {
+                Err(event_manager::Error::Epoll(error))
+                    if kind(&error) == io::ErrorKind::PermissionDenied =>
+                {
                     self.always.push((fd, interest.token, interest.set));
                 }
                 Err(error) => return Err(error.into()),

@@ -6,6 +6,7 @@
 pub mod app;
 pub mod chardev;
 pub mod cli;
+pub mod errors;
 pub mod event_loop;
 pub mod migration;
 pub mod monitor;

@@ -23,7 +23,7 @@ use crate::chardev::{self, Chardev};
 use crate::cli::config::{self, Config, MemoryBackend, MonitorKind};
 use crate::cli::{self, Invocation};
 use crate::monitor::mux::Mux;
-use crate::trace;
+use crate::{errors, trace};
 
 /// An update that this program is the target of, until the guest is taken over.
 pub struct Arriving {
@@ -54,18 +54,25 @@ pub fn main(args: impl IntoIterator<Item = OsString>) -> ExitCode {
     match try_main(args, started_ns) {
         Ok(code) => code,
         Err(error) => {
-            eprintln!("cpr-vmm: {error:#}");
+            eprintln!("cpr-vmm: {}", errors::text(error.as_ref()));
             ExitCode::FAILURE
         }
     }
 }
 
 fn try_main(args: impl IntoIterator<Item = OsString>, started_ns: u64) -> anyhow::Result<ExitCode> {
-    let arrival = cpr_exec::receive()?;
+    let mut arrival = cpr_exec::receive()?;
     if let Some(arrival) = &arrival {
         arrival.arrival.control.timeline().stamp_at(Stamp::TargetStarted, started_ns);
     }
-    let config = match cli::parse(args)? {
+    let invocation = cli::parse(args).inspect_err(|_| {
+        // The predecessor's terminal modes are still set, and nobody else will give the terminal back.
+        let early = arrival.as_mut().and_then(|arrival| app::take_early_state(&mut arrival.arrival.early).ok());
+        if let Some(terminal) = early.and_then(|early| early.terminal()) {
+            chardev::restore_terminal(&terminal);
+        }
+    })?;
+    let config = match invocation {
         Invocation::Run(config) => *config,
         Invocation::Help(text) | Invocation::Version(text) => {
             print!("{text}");
@@ -92,7 +99,7 @@ fn start(config: Config, arrival: Option<ExecArrival>) -> anyhow::Result<App> {
         }
         None => (None, None),
     };
-    let terminal = early.as_ref().and_then(|early| early.chardevs.iter().find_map(|(c, _)| c.terminal()));
+    let terminal = early.as_ref().and_then(EarlyState::terminal);
     let result = build(config, services, signals, original_mask, arriving, early).and_then(|mut app| {
         app.begin()?;
         Ok(app)

@@ -5,7 +5,7 @@ use std::fs::{File, OpenOptions};
 use std::path::Path;
 use std::sync::Mutex;
 
-use anyhow::Context;
+use anyhow::{Context, bail};
 use tracing::Level;
 use tracing_subscriber::filter::filter_fn;
 use tracing_subscriber::fmt::format::FmtSpan;
@@ -33,6 +33,9 @@ pub const SPANS: &[&str] = &[
 /// # Errors
 /// A file cannot be opened.
 pub fn start(config: &TraceConfig) -> anyhow::Result<()> {
+    if let Some(unknown) = config.patterns.iter().find(|pattern| !SPANS.iter().any(|span| matches(pattern, span))) {
+        bail!("-trace: nothing is named '{unknown}' (known: {}; * stands for any text)", SPANS.join(", "));
+    }
     let log = tracing_subscriber::fmt::layer()
         .with_writer(writer(config.log_file.as_deref(), "-D")?)
         .with_ansi(false)

@@ -5,7 +5,7 @@ use std::process::Command;
 
 use anyhow::ensure;
 use serde_json::json;
-use testkit::VmmBuilder;
+use testkit::{VmmBuilder, need_kvm};
 
 const REFERENCE: &str = include_str!("../../docs/reference.md");
 
@@ -35,7 +35,10 @@ fn headings(title: &str) -> Names {
 fn column(lines: impl Iterator<Item = &'static str>, first: &str) -> Names {
     let head = format!("| {first} |");
     let rows = lines.skip_while(move |line| !line.starts_with(&head)).skip(2);
-    rows.take_while(|line| line.starts_with('|')).filter_map(|row| row.split('|').nth(1)).flat_map(code).collect()
+    rows.take_while(|line| line.starts_with('|'))
+        .filter_map(|row| row.split('|').nth(1))
+        .flat_map(code)
+        .collect()
 }
 
 /// The properties in the table below an option's heading.
@@ -75,7 +78,9 @@ fn every_option_and_property_is_documented() -> anyhow::Result<()> {
             option = names[0].trim_start_matches('-').to_owned();
             options.extend(names.into_iter().map(str::to_owned));
             listed.push((option.clone(), Names::new()));
-        } else if let (Some(property), Some((last, names))) = (line.strip_prefix("        "), listed.last_mut()) {
+        } else if let (Some(property), Some((last, names))) =
+            (line.strip_prefix("        "), listed.last_mut())
+        {
             ensure!(*last == option, "help lists properties below their option");
             names.extend(property.split_once('=').map(|(name, _)| name.to_owned()));
         }
@@ -90,10 +95,7 @@ fn every_option_and_property_is_documented() -> anyhow::Result<()> {
 
 #[test]
 fn every_monitor_command_is_documented() -> anyhow::Result<()> {
-    if !testkit::kvm_is_present() {
-        eprintln!("SKIPPED {}: there is no /dev/kvm", module_path!());
-        return Ok(());
-    }
+    need_kvm!();
     let mut vmm = VmmBuilder::new().args(&["-S"]).start()?;
 
     let commands = vmm.qmp().execute("query-commands", json!({}))?;
@@ -113,8 +115,11 @@ fn every_monitor_command_is_documented() -> anyhow::Result<()> {
     same("HMP commands", &column(chapter("HMP"), "command"), &names)?;
 
     let info = hmp("info")?;
-    let topics: Names =
-        info.lines().filter_map(|line| line.strip_prefix("info ")?.split(' ').next()).map(str::to_owned).collect();
+    let topics: Names = info
+        .lines()
+        .filter_map(|line| line.strip_prefix("info ")?.split(' ').next())
+        .map(str::to_owned)
+        .collect();
     same("topics of info", &column(chapter("HMP"), "`info` topic"), &topics)?;
 
     let parameters = vmm.qmp().execute("query-migrate-parameters", json!({}))?;

@@ -1,10 +1,13 @@
 //! Many updates in a row: nothing piles up in the process, nothing is lost in the guest, and monitors stay connected.
 
 use std::collections::VecDeque;
+use std::fs;
+use std::os::unix::fs::PermissionsExt;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use anyhow::ensure;
+use anyhow::{Context, ensure};
 use serde_json::{Value, json};
 use testkit::process::{self, Census};
 use testkit::{Guest, PATIENCE, Qmp, Vmm, VmmBuilder, need_kvm, wait_for};
@@ -13,12 +16,21 @@ use vmm_core::payload::field;
 /// Memory that the kernel's counters and the layout of the address space may add or hide, KiB.
 const SLACK_KIB: u64 = 1024;
 /// Each whole test is over by then.
-const LIMIT: Duration = Duration::from_secs(180);
+const LIMIT: Duration = Duration::from_secs(600);
+
+/// The guests of this file would take each other's CPUs.
+static ONE_AT_A_TIME: Mutex<()> = Mutex::new(());
+
+fn alone() -> MutexGuard<'static, ()> {
+    ONE_AT_A_TIME.lock().unwrap_or_else(PoisonError::into_inner)
+}
 
 /// Counts when the keeper of the last update is gone and the guest has touched all of its pages again.
-fn settled(vmm: &Vmm, guest: &Guest, bytes: u64, seed: u64) -> anyhow::Result<Census> {
+fn settled(vmm: &mut Vmm, guest: &Guest, bytes: u64, seed: u64) -> anyhow::Result<Census> {
     guest.verify(bytes, seed)?;
     wait_for("the keeper's end", PATIENCE, || process::children(vmm.pid()).ok()?.is_empty().then_some(()))?;
+    // Once round its loop, so that it has also closed what it watched the keeper by.
+    vmm.status()?;
     Census::of(vmm.pid())
 }
 
@@ -63,16 +75,20 @@ fn endure(cpus: u8, first: u32, updates: u32) -> anyhow::Result<()> {
             for update in 1..=updates {
                 ensure!(Instant::now() < end, "only {update} of {updates} updates in {LIMIT:?}");
                 // Now and then through a file, so that this way's leftovers would show, too.
-                if update % 25 == 0 { vmm.update_by_file()? } else { vmm.update()? };
+                if update % 25 == 0 {
+                    vmm.update_by_file()?
+                } else {
+                    vmm.update()?
+                };
                 let now = guest.beats_on(0)?;
                 ensure!(now > beats, "the counter stepped back: {beats} -> {now}");
                 beats = now;
                 if update == first {
-                    before = Some(settled(&vmm, &guest, bytes, seed)?);
+                    before = Some(settled(&mut vmm, &guest, bytes, seed)?);
                 }
             }
             let before = before.expect("the first phase is one of them");
-            settled(&vmm, &guest, bytes, seed)?.check_against(&before, SLACK_KIB)
+            settled(&mut vmm, &guest, bytes, seed)?.check_against(&before, SLACK_KIB)
         })();
         stop.store(true, Ordering::Relaxed);
         let looks = watcher.join().expect("the watcher does not panic");
@@ -103,13 +119,61 @@ fn endure(cpus: u8, first: u32, updates: u32) -> anyhow::Result<()> {
 #[test]
 fn three_hundred_updates_leave_nothing_behind() -> anyhow::Result<()> {
     need_kvm!();
+    let _alone = alone();
     endure(1, 10, 300)
 }
 
 #[test]
 fn updates_of_four_vcpus_leave_nothing_behind() -> anyhow::Result<()> {
     need_kvm!();
+    let _alone = alone();
     endure(4, 5, 30)
+}
+
+#[test]
+fn updates_that_fail_leave_nothing_behind() -> anyhow::Result<()> {
+    need_kvm!();
+    let _alone = alone();
+    let mut vmm = VmmBuilder::new().cpus(2).start()?;
+    let guest = vmm.guest()?;
+    let (bytes, seed) = (guest.usable_bytes(), 13);
+    guest.fill(bytes, seed)?;
+    // Executable, but in no format: the exec itself fails, after all else was done. And a disk that is full.
+    let program = vmm.path("program");
+    fs::write(&program, "neither a program nor a script\n")?;
+    fs::set_permissions(&program, fs::Permissions::from_mode(0o755))?;
+    let ways = [
+        (vmm.exec_command_of(&program, "memfd:"), "memfd:".to_owned(), "cannot execute"),
+        (
+            vmm.exec_command_of(&program, "memfd:"),
+            format!("file:{}", vmm.path("state").display()),
+            "cannot execute",
+        ),
+        (vmm.exec_command("memfd:"), "file:/dev/full".to_owned(), "/dev/full"),
+    ];
+    let mut fail = |vmm: &mut Vmm, times: usize| {
+        for (command, uri, reason) in ways.iter().cycle().take(times) {
+            vmm.set_exec(command)?;
+            let error = vmm.migrate(uri).err().context("the update succeeded")?.to_string();
+            ensure!(error.contains(reason), "{error}");
+            ensure!(vmm.status()? == "running");
+            guest.beats_on(0)?;
+            guest.beats_on(1)?;
+        }
+        settled(vmm, &guest, bytes, seed)
+    };
+    let before = fail(&mut vmm, 3)?;
+    fail(&mut vmm, 50)?.check_against(&before, SLACK_KIB)?;
+    ensure!(!vmm.path("state").exists(), "a state file stays behind");
+
+    // And none of it is in the way of one that succeeds.
+    vmm.update()?;
+    guest.beats_on(0)?;
+    guest.verify(bytes, seed)?;
+    let events = vmm.qmp().take_events();
+    let names: Vec<_> = events.iter().filter_map(|event| event["event"].as_str()).collect();
+    ensure!(names.chunks(2).all(|pair| pair == ["STOP", "RESUME"]), "events: {names:?}");
+    vmm.quit()
 }
 
 /// A client that keeps commands in flight on its own connection, without a pause.
@@ -198,6 +262,7 @@ impl Fire {
 #[test]
 fn every_command_of_a_busy_client_gets_one_reply() -> anyhow::Result<()> {
     need_kvm!();
+    let _alone = alone();
     const UPDATES: usize = 20;
     let mut vmm = VmmBuilder::new().args(&["-qmp", "unix:fire,server=on,wait=off"]).start()?;
     let guest = vmm.guest()?;

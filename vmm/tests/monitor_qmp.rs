@@ -126,8 +126,7 @@ fn requests_around_an_update_are_answered_once_each() -> anyhow::Result<()> {
 
     let messages = messages_until(vmm.qmp(), |message| message["id"] == "a19")?;
     let replies = messages.iter().filter(|message| message.get("event").is_none()).map(brief);
-    let expected =
-        (1..20).map(|at| if at == 3 { "error \"a3\"".into() } else { format!("reply \"a{at}\"") });
+    let expected = (1..20).map(|at| if at == 3 { "error \"a3\"".into() } else { format!("reply \"a{at}\"") });
     assert_eq!(replies.collect::<Vec<_>>(), expected.collect::<Vec<_>>());
     for message in messages.iter().filter(|message| message["id"].as_str() > Some("a3")) {
         let status = &message["return"]["status"];
@@ -416,7 +415,11 @@ fn a_paused_guest_stays_paused_over_updates() -> anyhow::Result<()> {
     let (beats, ram) = (guest.vcpu(0).beats(), guest.snapshot()?);
     vmm.qmp().take_events();
     for round in 0..3 {
-        if round == 1 { vmm.update_by_file()? } else { vmm.update()? };
+        if round == 1 {
+            vmm.update_by_file()?
+        } else {
+            vmm.update()?
+        };
         assert_eq!(vmm.status()?, "paused");
         let events: Vec<_> = vmm.qmp().take_events().iter().map(brief).collect();
         let statuses = ["setup", "active", "device", "completed"].map(|name| format!("MIGRATION {name}"));

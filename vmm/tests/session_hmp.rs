@@ -6,11 +6,8 @@ use std::time::Duration;
 
 use testkit::{Console, Gate, Guest, Qmp, Terminal, Vmm, VmmBuilder, binary, need_kvm, pipes};
 
-const BANNER: &str = concat!(
-    "cpr-vmm ",
-    env!("CARGO_PKG_VERSION"),
-    " monitor - type 'help' for more information\n(qemu) "
-);
+const BANNER: &str =
+    concat!("cpr-vmm ", env!("CARGO_PKG_VERSION"), " monitor - type 'help' for more information\n(qemu) ");
 /// What a user types, but for the program's name.
 const SEED: [&str; 8] = [
     "-monitor",
@@ -273,7 +270,8 @@ fn a_start_that_fails_gives_the_terminal_back() -> anyhow::Result<()> {
     assert_eq!(terminal.modes()?, cooked);
 
     // So does a target that cannot load the guest, wherever on its way it finds out.
-    for (wrong, because) in [("id=other,size=64M", "guest RAM 'other'"), ("id=ram0,size=64M -smp 2", "vCPUs")] {
+    for (wrong, because) in [("id=other,size=64M", "guest RAM 'other'"), ("id=ram0,size=64M -smp 2", "vCPUs")]
+    {
         let mut session = Session::start(&[])?;
         let mut command = session.exec_command("memfd:").replace("id=ram0,size=64M", wrong);
         if wrong.contains("other") {
@@ -299,6 +297,10 @@ fn a_target_without_the_monitor_leaves_the_terminal_alone() -> anyhow::Result<()
     session.ask(&format!("migrate_set_parameter cpr-exec-command {command}"))?;
     session.console.type_line("migrate -d memfd:")?;
     let mut qmp = Qmp::connect(&session.vmm.path("qmp"))?;
+    testkit::wait_for("the new program", testkit::PATIENCE, || {
+        let info = qmp.execute("query-migrate", serde_json::json!({})).ok()?;
+        (info["cpr"]["generation"] == 1).then_some(())
+    })?;
     session.guest.beats_on(0)?;
     assert_eq!(session.terminal.modes()?, cooked);
     qmp.execute("quit", serde_json::json!({}))?;
@@ -330,4 +332,35 @@ fn what_is_typed_during_an_update_is_answered_once_by_the_new_program() -> anyho
     assert_eq!(session.console.rest(Duration::from_millis(50))?, "");
     session.guest.beats_on(0)?;
     session.quit()
+}
+
+#[test]
+fn a_session_over_a_socket_stays_connected() -> anyhow::Result<()> {
+    need_kvm!();
+    let mut vmm = VmmBuilder::new().args(&["-monitor", "unix:hmp,server=on,wait=off"]).start()?;
+    let guest = vmm.guest()?;
+    let mut console = Console::connect(&vmm.path("hmp"))?;
+    console.expect(BANNER)?;
+    for by_file in [true, false] {
+        console.type_keys("info sta")?;
+        console.expect("info sta")?;
+        if by_file {
+            vmm.update_by_file()?
+        } else {
+            vmm.update()?
+        };
+        console.expect(BANNER)?;
+        console.expect("info sta")?;
+        console.type_keys("\t\n")?;
+        console.expect("VM status: running\n(qemu) ")?;
+        guest.beats_on(0)?;
+    }
+    // The next client begins afresh.
+    drop(console);
+    let mut console = Console::connect(&vmm.path("hmp"))?;
+    console.expect(BANNER)?;
+    console.type_line("quit")?;
+    assert!(console.to_end()?.ends_with("(qemu) quit\n"));
+    assert_eq!(vmm.wait_exit()?, Some(0));
+    Ok(())
 }

@@ -4,11 +4,12 @@
 //! its own. The sweeps below hit every phase of an update sooner or later; a [`Gate`] hits the moment in between for
 //! certain.
 
+use std::hash::{BuildHasher, RandomState};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, ensure};
 use serde_json::{Value, json};
-use testkit::process::{self, SIGCONT, SIGHUP, SIGINT, SIGSTOP, SIGTERM, send_signal};
+use testkit::process::{self, SIGHUP, SIGINT, SIGTERM, send_signal};
 use testkit::{Console, Gate, PATIENCE, Qmp, Terminal, Vmm, VmmBuilder, need_kvm, wait_for};
 
 /// Tries per sweep.
@@ -101,9 +102,8 @@ fn sweep(
         let begun = Instant::now();
         vmm.update()?;
         let took = begun.elapsed();
-        // Equally far apart, but for a part that no two sweeps have in common.
-        let jitter = f64::from(Instant::now().elapsed().subsec_nanos() % 100) / 100.0;
-        let delay = took.mul_f64(1.2 * (f64::from(shot) + jitter) / f64::from(TRIES));
+        // Spread over the whole update and a little more, each by chance within its share.
+        let delay = took.mul_f64(1.2 * (f64::from(shot) + chance()) / f64::from(TRIES));
         begin_update(&mut vmm)?;
         std::thread::sleep(delay);
         strike(&vmm)?;
@@ -111,6 +111,12 @@ fn sweep(
             .with_context(|| format!("struck after {delay:?}; an update took {took:?}"))?;
     }
     Ok(())
+}
+
+/// A number from 0 to 1 that nobody foresees.
+fn chance() -> f64 {
+    let hash = RandomState::new().hash_one(0);
+    hash as f64 / u64::MAX as f64
 }
 
 #[test]
@@ -129,15 +135,13 @@ fn a_signal_that_comes_with_the_migrate_command_is_not_lost() -> anyhow::Result<
     for signal in ENDING {
         let mut vmm = start(builder())?;
         // Both wait for the program when it goes on, so that one round of its loop sees both.
-        send_signal(vmm.pid(), SIGSTOP)?;
-        let stopped = || process::status_field(vmm.pid(), "State").is_ok_and(|state| state.starts_with('T'));
-        wait_for("the stop", PATIENCE, || stopped().then_some(()))?;
+        vmm.halt()?;
         let command = vmm.exec_command("memfd:");
         let parameters = json!({ "mode": "cpr-exec", "cpr-exec-command": command });
         vmm.qmp().send("migrate-set-parameters", parameters)?;
         vmm.qmp().send("migrate", json!({ "uri": "memfd:" }))?;
         send_signal(vmm.pid(), signal)?;
-        send_signal(vmm.pid(), SIGCONT)?;
+        vmm.go_on()?;
         ends_in_order(&mut vmm, "host-signal").with_context(|| format!("signal {signal}"))?;
     }
     Ok(())

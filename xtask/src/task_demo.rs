@@ -11,9 +11,11 @@ use testkit::{Guest, Meter, Through, Update, Vmm, VmmBuilder, median, process};
 
 use crate::tools::{Paint, kvm_obstacle, ms, release_binary};
 
-
 /// Chooses the pattern in guest RAM.
 const SEED: u64 = 0x5eed;
+
+/// Ambient beyond this makes the figures doubtful.
+const BUSY: Duration = Duration::from_millis(1);
 
 /// Arguments of `cargo xtask demo`.
 #[derive(Debug, Args)]
@@ -83,7 +85,10 @@ pub(crate) fn demo(arguments: &DemoArgs) -> Result<bool> {
     let pid = vmm.pid();
     let born = process::start_time(pid)?;
     let cpus = arguments.cpus;
-    println!("  guest     {cpus} vCPU{} that count in a tight loop and watch the clock", plural(cpus.into()));
+    println!(
+        "  guest     {cpus} vCPU{}, counting in a tight loop and watching the clock",
+        plural(cpus.into())
+    );
     println!(
         "  memory    {} MiB, {} MiB of it filled with a pattern, every page written before each update",
         arguments.memory >> 20,
@@ -136,12 +141,14 @@ fn show_updates(
 }
 
 fn header(update: &Update) -> String {
-    let phases: String = update.phases.iter().map(|(name, _)| format!(" {name:>9}")).collect();
+    let phases: String = update.phases.iter().map(|(name, _)| format!(" {name:>6}")).collect();
     format!("  {:>6}{phases}  | {:>7} {:>7} {:>9}", "update", "host", "guest", "(ambient)")
 }
 
 fn line(name: &str, update: &Update) -> String {
-    let phases: String = update.phases.iter().map(|(_, time)| format!(" {:>9}", ms(*time))).collect();
+    // As wide as the header's word above it.
+    let column = |(name, time): &(String, Duration)| format!(" {:>1$}", ms(*time), name.len().max(6));
+    let phases: String = update.phases.iter().map(column).collect();
     let ambient = format!("({})", ms(update.ambient));
     format!("  {name:>6}{phases}  | {:>7} {:>7} {ambient:>9}", ms(update.host), ms(update.guest))
 }
@@ -150,7 +157,8 @@ fn line(name: &str, update: &Update) -> String {
 fn aggregate(updates: &[Update], choose: impl Fn(Vec<Duration>) -> Duration) -> Update {
     let of = |figure: &dyn Fn(&Update) -> Duration| choose(updates.iter().map(figure).collect());
     let phases = updates[0].phases.iter().map(|(name, _)| {
-        let same = |update: &Update| update.phases.iter().find(|(other, _)| other == name).map(|&(_, time)| time);
+        let same =
+            |update: &Update| update.phases.iter().find(|(other, _)| other == name).map(|&(_, time)| time);
         (name.clone(), of(&|update| same(update).unwrap_or_default()))
     });
     Update {
@@ -179,19 +187,31 @@ fn summarise(arguments: &DemoArgs, updates: &[Update], pid: u32, verified_bytes:
         ))
     );
     println!(
-        "pid {pid} is still the process it was, and runs the program it has become {count} time{} since; every \
-         word of {} MiB of guest RAM is intact; the guest's clock never stepped back.",
+        "pid {pid} is still the same process, replaced from within {count} time{}. Every word of {} MiB of guest",
         plural(count),
         verified_bytes >> 20
     );
+    println!("RAM is intact, and the guest's clock never stepped back.");
+    if middle.ambient > BUSY {
+        println!(
+            "This host is busy: its scheduler alone stops the guest for {} ms. Figures count on a quiet one.",
+            ms(middle.ambient)
+        );
+    }
     println!();
-    println!("host:    the VMM's own timeline, from the first vCPU's last exit to the last vCPU's first entry.");
-    println!("guest:   the largest gap between two clock reads in the guest: what an update really costs it.");
-    println!("ambient: the same gap in a window as long, without an update: what the host's scheduler costs it.");
+    println!(
+        "host:    the VMM's own timeline, from the first vCPU's last exit to the last vCPU's first entry."
+    );
+    println!(
+        "guest:   the largest gap between two clock reads in the guest: what an update really costs it."
+    );
+    println!(
+        "ambient: the same gap in a window as long, without an update: what the host's scheduler costs it."
+    );
     let host_cpus = std::thread::available_parallelism().map_or(1, usize::from);
     if usize::from(arguments.cpus) >= host_cpus {
         println!(
-            "         {} busy vCPU{} on {host_cpus} CPU{}: the guest's figure holds waiting for a CPU, the host's less so.",
+            "         {} busy vCPU{} on {host_cpus} CPU{}: the guest's figure holds waiting for a CPU, too.",
             arguments.cpus,
             plural(arguments.cpus.into()),
             plural(host_cpus),

@@ -16,13 +16,15 @@ pub(crate) struct PrepushArgs {
 
 /// Runs the checks until one fails; false if one did.
 pub(crate) fn prepush(arguments: &PrepushArgs) -> Result<bool> {
-    let checks: [(&str, &[&str], Option<(&str, &str)>); 3] = [
-        ("formatting", &["fmt", "--all", "--check"], None),
-        ("lints", &["clippy", "--workspace", "--all-targets", "--", "-D", "warnings"], None),
-        ("documentation", &["doc", "--workspace", "--no-deps"], Some(("RUSTDOCFLAGS", "-D warnings"))),
-    ];
-    for (what, words, variable) in checks {
-        if !run(cargo().args(words).envs(variable))? {
+    let mut formatting = cargo();
+    formatting.args(["fmt", "--all", "--check"]);
+    let mut lints = cargo();
+    lints.args(["clippy", "--workspace", "--all-targets", "--", "-D", "warnings"]);
+    let mut documentation = cargo();
+    documentation.args(["doc", "--workspace", "--no-deps"]).env("RUSTDOCFLAGS", "-D warnings");
+    for (what, mut check) in [("formatting", formatting), ("lints", lints), ("documentation", documentation)]
+    {
+        if !run(&mut check)? {
             println!("{}", Paint::stdout().red(format!("prepush: {what} failed")));
             return Ok(false);
         }

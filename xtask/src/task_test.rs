@@ -40,14 +40,18 @@ pub(crate) fn test(arguments: &TestArgs) -> Result<bool> {
     check_tools()?;
     let mut tally = Tally::default();
     if let Some(obstacle) = kvm_obstacle() {
-        eprintln!("no KVM: tests that need it skip themselves, or fail if it is there and does not open.\n{obstacle}");
+        eprintln!(
+            "no KVM: tests that need it skip themselves, or fail if it is there and does not open.\n{obstacle}"
+        );
     }
 
     if !arguments.no_nextest && has_nextest() {
         nextest(&arguments.filters, &mut tally)?;
     } else {
         if !arguments.no_nextest {
-            eprintln!("cargo-nextest is not installed, so `cargo test` does the work: one process per test program,");
+            eprintln!(
+                "cargo-nextest is not installed, so `cargo test` does the work: one process per test program,"
+            );
             eprintln!("and no time limits. To have both: cargo install --locked cargo-nextest");
         }
         plain_tests(&arguments.filters, &mut tally)?;
@@ -197,7 +201,7 @@ fn lab_lane(left_out: bool, tally: &mut Tally) -> Result<()> {
         return Ok(());
     }
     let report = release_binary()
-        .and_then(|vmm| Ok(LabOptions::for_test(vmm, lab::test_binary("vmm", LAB_TEST)?, &[])))
+        .and_then(|vmm| LabOptions::for_test(vmm, LAB_TEST, &[]))
         .and_then(|options| lab::run(&options));
     let report = match report {
         Ok(report) => report,

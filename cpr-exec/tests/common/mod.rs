@@ -5,9 +5,13 @@ use std::ffi::OsStr;
 use std::fs::File;
 use std::io::{BufRead, BufReader, Read, Seek, SeekFrom, Write};
 use std::net::{Ipv4Addr, TcpStream};
+use std::os::fd::BorrowedFd;
 use std::path::PathBuf;
 use std::process::{Child, Command, ExitStatus, Stdio};
+use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
+
+use oslib::cloexec;
 
 /// How long anything may take.
 pub(crate) const LIMIT: Duration = Duration::from_secs(60);
@@ -40,17 +44,24 @@ pub(crate) struct Process {
     inherited: Vec<i32>,
 }
 
+/// One at a time, so that no child gets the descriptors that are meant for another.
+static SPAWN: Mutex<()> = Mutex::new(());
+
 impl Process {
     pub(crate) fn spawn(command: &mut Command) -> Process {
+        Process::spawn_passing(command, |_| {})
+    }
+
+    /// Spawns a process that inherits every descriptor that `each` shows to the visitor it is given.
+    pub(crate) fn spawn_passing(command: &mut Command, each: impl Fn(&dyn Fn(BorrowedFd<'_>))) -> Process {
         let stderr = tempfile::tempfile().unwrap();
+        command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(stderr.try_clone().unwrap());
+        let _lock = SPAWN.lock().unwrap_or_else(PoisonError::into_inner);
+        each(&|fd| cloexec::clear(fd).unwrap());
         let mut inherited = oslib::process::open_fds().unwrap();
         inherited.retain(|&fd| fd > 2 && flags(std::process::id(), fd).is_some_and(|f| f & CLOEXEC == 0));
-        let child = command
-            .stdin(Stdio::null())
-            .stdout(Stdio::piped())
-            .stderr(stderr.try_clone().unwrap())
-            .spawn()
-            .unwrap();
+        let child = command.spawn().unwrap();
+        each(&|fd| cloexec::set(fd).unwrap());
         Process { child, stderr, inherited }
     }
 

@@ -9,6 +9,7 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
+use oslib::scheduling::{self, SHORTEST_SLICE};
 use oslib::signals::{self, SignalMask, ThreadId};
 
 use super::event::{EventSender, VcpuEvent};
@@ -91,6 +92,8 @@ struct Slot {
     /// The owner waits here for the end of [`Phase::Running`].
     parked: Condvar,
     stop: AtomicBool,
+    /// The thread is about to enter the guest for the first time since it was told to run.
+    entering: AtomicBool,
     /// The guest is to be told that it stood still.
     tell_paused: AtomicBool,
     thread: OnceLock<ThreadId>,
@@ -106,6 +109,7 @@ impl Slot {
             wake: Condvar::new(),
             parked: Condvar::new(),
             stop: AtomicBool::new(false),
+            entering: AtomicBool::new(false),
             tell_paused: AtomicBool::new(false),
             thread: OnceLock::new(),
             immediate_exit: OnceLock::new(),
@@ -126,6 +130,7 @@ impl Slot {
         }
         if matches!(request, Request::Run) {
             self.stop.store(false, Ordering::SeqCst);
+            self.entering.store(false, Ordering::Relaxed);
             inner.phase = Phase::Running;
         }
         inner.requests.push_back(request);
@@ -180,6 +185,21 @@ impl Slot {
         !stop
     }
 
+    /// Failure to hurry a vCPU is no failure: it enters the guest when its turn comes.
+    fn set_slice(&self, slice: Option<Duration>) {
+        if let Some(thread) = self.thread.get() {
+            let _ = scheduling::set_slice(*thread, slice);
+        }
+    }
+
+    /// Gives the vCPU a moment to enter the guest.
+    fn wait_entering(&self) {
+        let until = Instant::now() + ENTER_WITHIN;
+        while !self.entering.load(Ordering::Acquire) && Instant::now() < until {
+            std::thread::sleep(ENTER_POLL);
+        }
+    }
+
     /// Waits until the vCPU is parked; tells whether it is.
     fn wait_parked(&self, until: Instant) -> bool {
         let mut inner = self.lock();
@@ -196,6 +216,28 @@ impl Slot {
             }
         }
         true
+    }
+}
+
+/// How long one vCPU may take to enter the guest before the next one is let in all the same.
+const ENTER_WITHIN: Duration = Duration::from_micros(500);
+/// How often that is looked at.
+const ENTER_POLL: Duration = Duration::from_micros(10);
+
+/// Keeps the thread that lets vCPUs in ahead of those that are in already, while it does.
+struct Usher(ThreadId);
+
+impl Usher {
+    fn start() -> Self {
+        let thread = ThreadId::current();
+        let _ = scheduling::set_slice(thread, Some(SHORTEST_SLICE));
+        Self(thread)
+    }
+}
+
+impl Drop for Usher {
+    fn drop(&mut self) {
+        let _ = scheduling::set_slice(self.0, None);
     }
 }
 
@@ -291,8 +333,15 @@ impl Vcpus {
     /// # Errors
     /// The vCPU whose thread has ended.
     pub fn resume(&self) -> Result<(), MachineError> {
+        // Where vCPUs outnumber the CPUs, the first ones in would keep the others waiting for a whole time slice each.
+        // So they are let in one by one, with a slice so short that each takes the CPU from those that are in already.
+        let usher = (self.count() > 1).then(Usher::start);
         for slot in &self.slots {
+            if usher.is_some() {
+                slot.set_slice(Some(SHORTEST_SLICE));
+            }
             match slot.post(Request::Run) {
+                Ok(()) if usher.is_some() => slot.wait_entering(),
                 Ok(()) | Err(VcpuError::Running) => {}
                 Err(source) => return Err(MachineError::Vcpu { index: slot.index, source }),
             }
@@ -515,6 +564,9 @@ impl VcpuThread {
         if !slot.allow_guest() {
             return;
         }
+        // No longer in a hurry: whoever enters next takes the CPU from this thread, not the other way round.
+        slot.set_slice(None);
+        slot.entering.store(true, Ordering::Release);
         observer.first_run(slot.index);
         let mut told = false;
         let failure = loop {

@@ -7,6 +7,7 @@ use serde_json::{Value, json};
 
 use super::{App, Exit, RunState};
 use crate::cli::config::MemoryBackend;
+use crate::errors;
 use crate::migration;
 use crate::monitor::{Backend, Command, Origin, QmpError, Reply};
 
@@ -16,7 +17,7 @@ pub(super) fn named_fd(name: &str) -> String {
 }
 
 fn failed(error: anyhow::Error) -> QmpError {
-    QmpError::generic(format!("{error:#}"))
+    QmpError::generic(errors::text(error.as_ref()))
 }
 
 impl Backend for App {
@@ -171,7 +172,7 @@ impl App {
             .services
             .registry
             .save(&named_fd(&name), 0, FdKind::Other, FdPolicy::MayBeRebuilt, &fd)
-            .map_err(|error| QmpError::generic(error.to_string()))?;
+            .map_err(|error| QmpError::generic(errors::text(&error)))?;
         self.parts.named_fds.insert(name, fd);
         Ok(Reply::empty())
     }

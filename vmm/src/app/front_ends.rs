@@ -136,21 +136,25 @@ impl App {
             }
             return;
         };
-        let output = self.parts.chardevs[at].output();
         for event in mux.feed(&bytes) {
             match event {
-                mux::Event::Input { front_end: user, bytes } => front_end.users[user].feed(bytes, Vec::new()),
+                mux::Event::Input { front_end: user, bytes } => {
+                    self.parts.front_ends[at].users[user].feed(bytes, Vec::new());
+                }
                 mux::Event::Switched { from, to } => {
-                    if let User::Hmp(Some(session)) = &mut front_end.users[from] {
+                    // What was typed before the switch is done before it.
+                    self.process_user(at, from);
+                    let users = &mut self.parts.front_ends[at].users;
+                    if let User::Hmp(Some(session)) = &mut users[from] {
                         session.deactivate();
                     }
-                    if let User::Hmp(Some(session)) = &mut front_end.users[to] {
+                    if let User::Hmp(Some(session)) = &mut users[to] {
                         session.activate();
                     }
                 }
-                mux::Event::Help => output.write(mux::HELP.as_bytes()),
+                mux::Event::Help => self.parts.chardevs[at].output().write(mux::HELP.as_bytes()),
                 mux::Event::Terminate => {
-                    output.write(mux::TERMINATED.as_bytes());
+                    self.parts.chardevs[at].output().write(mux::TERMINATED.as_bytes());
                     self.exit.get_or_insert(super::Exit::Quit);
                 }
                 // The emulated UART reports no break.

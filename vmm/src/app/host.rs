@@ -9,7 +9,7 @@ use anyhow::{Context, anyhow, bail};
 use cpr_core::error::BoxError;
 use cpr_core::frame::Frame;
 use cpr_core::{
-    Backing, FdKind, FdPolicy, FdRegistry, GuestActivity, Host, MemoryRegion, StateWriter, TerminalAction,
+    Backing, FdKind, FdPolicy, FdRegistry, GuestActivity, Host, IncomingError, MemoryRegion, StateWriter, TerminalAction,
 };
 use serde::{Deserialize, Serialize};
 use vmm_core::state::MachineState;
@@ -18,6 +18,7 @@ use super::commands::named_fd;
 use super::{App, Exit, FrontEnd, RunState, User};
 use crate::chardev::ChardevState;
 use crate::cli::config::{Config, MachineType};
+use crate::errors;
 use crate::migration::{Settings, Status, main_channel};
 use crate::monitor::mux::Mux;
 use crate::monitor::{Channel, QmpError, Reply, hmp, qmp};
@@ -40,6 +41,13 @@ pub struct EarlyState {
     pub settings: Settings,
     /// Names given by `getfd`.
     pub named_fds: Vec<String>,
+}
+
+impl EarlyState {
+    /// The modes that the terminal had before any program of this guest changed them.
+    pub fn terminal(&self) -> Option<oslib::term::Termios> {
+        self.chardevs.iter().find_map(|(chardev, _)| chardev.terminal())
+    }
 }
 
 /// The users of one chardev.
@@ -204,7 +212,12 @@ impl App {
         // Sessions have passed their output on to the chardevs by now, so that events told up to here are saved once.
         self.deliver_events();
         let machine = self.parts.machine.save()?;
-        state.main.put_value(MACHINE, 0, 1, &MachineSection::of(&self.parts.config, self.state_before_update))?;
+        state.main.put_value(
+            MACHINE,
+            0,
+            1,
+            &MachineSection::of(&self.parts.config, self.state_before_update),
+        )?;
         state.main.put_value(VM, 0, 1, &machine.vm)?;
         for (instance, vcpu) in machine.vcpus.iter().enumerate() {
             state.main.put_value(VCPU, u32::try_from(instance)?, 1, vcpu)?;
@@ -255,7 +268,10 @@ impl App {
             arriving.incoming.commit(self)
         });
         if let Err(error) = result {
-            arriving.incoming.abandon();
+            // After the commit nobody else has the guest, so nobody is told so.
+            if !matches!(error, IncomingError::Resume(_)) {
+                arriving.incoming.abandon();
+            }
             return Err(error.into());
         }
         if let Some(keeper) = arriving.exec.keeper.take() {
@@ -280,9 +296,10 @@ impl App {
         }
         if let Err(error) = self.take_over(Some(channel)) {
             // The guest's only runner would be this process, and it cannot run it.
-            eprintln!("cpr-vmm: {error:#}");
+            let text = errors::text(error.as_ref());
+            eprintln!("cpr-vmm: {text}");
             self.exit.get_or_insert(Exit::Fatal);
-            return Err(QmpError::generic(format!("{error:#}")));
+            return Err(QmpError::generic(text));
         }
         Ok(Reply::empty())
     }
@@ -298,18 +315,29 @@ impl Host for App {
         vec![MemoryRegion { name: config.id.clone(), len: config.size, backing }]
     }
 
+    fn activity(&self) -> GuestActivity {
+        if self.parts.run_state == RunState::Running { GuestActivity::Running } else { GuestActivity::Paused }
+    }
+
     fn stop(&mut self, deadline: Instant) -> Result<GuestActivity, BoxError> {
         self.progress.status = Status::Active;
         self.emit_migration_event();
         self.state_before_update = self.parts.run_state;
         let ran =
             self.pause_guest(RunState::FinishMigrate, deadline.saturating_duration_since(Instant::now()))?;
+        // What the guest asked for just before it stood still is known to this program only: a reset is carried out
+        // and travels as state; after a power-off or a failure there is nothing to hand over.
+        self.handle_vcpu_events();
+        if self.guest_has_ended() {
+            return Err("the guest powered off, reset or failed while it was being stopped".into());
+        }
         Ok(if ran { GuestActivity::Running } else { GuestActivity::Paused })
     }
 
     fn resume(&mut self, activity: GuestActivity) -> Result<(), BoxError> {
         self.saved_fds.clear();
         match activity {
+            _ if self.guest_has_ended() => Ok(()),
             GuestActivity::Running => Ok(self.run_guest()?),
             GuestActivity::Paused => {
                 self.set_run_state(self.state_before_update);

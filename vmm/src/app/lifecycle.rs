@@ -6,7 +6,7 @@ use serde_json::json;
 use vmm_core::vcpu::VcpuEvent;
 
 use super::App;
-use crate::startup;
+use crate::{errors, startup};
 
 /// QEMU's `RunState`, as far as this program knows it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -126,12 +126,18 @@ impl App {
         }
     }
 
+    /// Whether the guest itself brought it about that it must not run again.
+    pub(super) fn guest_has_ended(&self) -> bool {
+        matches!(self.exit, Some(Exit::GuestPowerOff | Exit::GuestReset))
+            || self.parts.run_state == RunState::InternalError
+    }
+
     fn guest_reset(&mut self, event: &VcpuEvent) {
         tracing::info!(?event, "the guest asked for a reset");
         if self.parts.config.no_reboot {
             self.exit.get_or_insert(Exit::GuestReset);
         } else if let Err(error) = self.reset_machine(true) {
-            self.vcpu_failed(0, &format!("{error:#}"));
+            self.vcpu_failed(0, &errors::text(error.as_ref()));
         }
     }
 

@@ -26,6 +26,7 @@ use vmm_core::memory::{Backend as MemoryBackend, GuestRam};
 
 use crate::chardev::Chardev;
 use crate::cli::config::{Config, Incoming};
+use crate::errors;
 use crate::event_loop::{EventLoop, Interest, Ready, Token};
 use crate::migration::{Progress, Settings, Status};
 use crate::monitor::Channel;
@@ -40,6 +41,8 @@ pub use observer::BlackoutObserver;
 const LAST_WORDS: Duration = Duration::from_millis(200);
 /// How often a full serial FIFO is looked at again.
 const FIFO_POLL: Duration = Duration::from_millis(5);
+/// How often a keeper that an update waits for is hurried.
+const KEEPER_POLL: Duration = Duration::from_millis(5);
 
 /// Everything that `startup` has made ready.
 pub struct Parts {
@@ -134,7 +137,10 @@ impl App {
     pub fn run(&mut self) -> anyhow::Result<Exit> {
         self.process_front_ends();
         loop {
-            self.run_update();
+            // An end that was asked for together with an update comes first: the next program would not know of it.
+            if self.exit.is_none() {
+                self.run_update();
+            }
             self.deliver_events();
             if let Some(exit) = self.exit.take() {
                 self.end(&exit);
@@ -169,10 +175,12 @@ impl App {
     }
 
     fn timeout(&self) -> Option<Duration> {
-        if self.update.is_some() && self.keeper.is_none() {
-            return Some(Duration::ZERO);
+        match (&self.update, &self.keeper) {
+            (Some(_), None) => Some(Duration::ZERO),
+            // A keeper that was hurried may have stepped down only after it.
+            (Some(_), Some(_)) => Some(KEEPER_POLL),
+            (None, _) => self.serial_is_full().then_some(FIFO_POLL),
         }
-        self.serial_is_full().then_some(FIFO_POLL)
     }
 
     fn handle(&mut self, ready: Ready) -> anyhow::Result<()> {
@@ -235,9 +243,12 @@ impl App {
                 tracing::warn!(%error, "update failed");
                 self.progress.status =
                     if matches!(error, UpdateError::Cancelled) { Status::Cancelled } else { Status::Failed };
-                let mut text = error.to_string();
+                let mut text = errors::text(&error);
                 if let Err(second) = guest {
-                    text.push_str(&format!("; the guest could not be resumed either: {second}"));
+                    text.push_str(&format!(
+                        "; the guest could not be resumed either: {}",
+                        errors::text(second.as_ref())
+                    ));
                     self.set_run_state(RunState::InternalError);
                 }
                 self.progress.error = Some(text);
@@ -265,7 +276,7 @@ impl App {
         let mode = self.parts.settings.attempt(channel, self.parts.original_mask)?;
         let mode_name = mode.id().to_string();
         let update = Update::begin(&self.parts.services, mode, self)
-            .map_err(|error| QmpError::generic(error.to_string()))?;
+            .map_err(|error| QmpError::generic(errors::text(&error)))?;
         self.parts.observer.arm(update.control().clone());
         self.progress = Progress {
             status: Status::Setup,

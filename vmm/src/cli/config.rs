@@ -82,14 +82,14 @@ pub enum MemoryBackend {
     },
     /// A named file.
     File {
-        /// The file, or a directory to make a temporary one in.
+        /// The file; made if it is not there.
         path: PathBuf,
         /// Mapped shared. Not the default.
         share: bool,
     },
     /// Anonymous memory.
     Ram {
-        /// Mapped shared. Not the default, and no descriptor either way.
+        /// Mapped shared, and then a memfd in all but name. Not the default.
         share: bool,
     },
 }
@@ -97,7 +97,7 @@ pub enum MemoryBackend {
 /// Huge pages.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct HugePages {
-    /// Page size in bytes, a power of two; `None`: the host's default.
+    /// Page size in bytes, a power of two; `None`: 2 MiB.
     pub page_bytes: Option<u64>,
 }
 

@@ -80,7 +80,7 @@ pub(super) const OPTIONS: &[OptionSpec] = &[
             property(
                 "aux-ram-share",
                 "on|off",
-                "share memory beside the RAM, too, so that updates can keep it",
+                "share memory beside the RAM, too; accepted for QEMU's sake, this machine has none",
             ),
             property("accel", "kvm", "the accelerator; there is one"),
         ],

@@ -53,7 +53,7 @@ pub enum Command {
     QueryMigrate,
     /// `migrate-set-parameters`.
     MigrateSetParameters(MigrationParameters),
-    /// `query-migrate-parameters`: `{"mode": ..., "cpr-exec-command": [...]}`.
+    /// `query-migrate-parameters`: `{"mode": ..., "cpr-exec-command": [...], "x-cpr-exec-keeper": true}`.
     QueryMigrateParameters,
     /// `migrate-set-capabilities`.
     MigrateSetCapabilities(Vec<CapabilityState>),

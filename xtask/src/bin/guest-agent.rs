@@ -1,6 +1,8 @@
-//! The agent in the L2 guests of the lab: it watches clocks and timers while the VMM under the guest is replaced, and
-//! prints what it saw as single lines that a test can parse. It judges only what is never right, a clock that goes
-//! backwards or a wakeup that does not come; how long a gap may be is the test's business.
+//! The agent in the L2 guests of the lab: it watches clocks, timers and registers while the VMM under the guest is
+//! replaced, and prints what it saw as single lines that a test can parse. It judges only what is never right, such as a
+//! clock that goes backwards; how long a gap may be is the test's business.
+//!
+//! A watch ends after its SECONDS, or earlier, when somebody makes the file `/tmp/enough`.
 //!
 //! ```text
 //! guest-agent clock SECONDS [THREADS]     (by default a thread per CPU)
@@ -9,9 +11,16 @@
 //!        tsc_late_khz=2000010 tsc_off_us=14 realtime_off_us=2 boottime_off_us=1                  (one line)
 //! guest-agent timer SECONDS [PERIOD_MS]   (by default 10 ms)
 //! agent: timer begin seconds=10 period_ms=10
-//! agent: timer ok wakeups=998 max_late_us=812 missed=2 longest_sleep_us=10990
+//! agent: timer ok wakeups=998 max_late_us=812 missed=2 early=0 longest_sleep_us=10990
+//! guest-agent float SECONDS               (one thread, its values in floating-point registers only)
+//! agent: float begin seconds=10
+//! agent: float ok rounds=1204 wrong=0
+//! guest-agent ask                         (once for every line of input, until its end or the line "end")
+//! agent: now monotonic_ns=81046001 realtime_ns=1767222000081046001 boottime_ns=81046001 tsc=162092002
 //! ```
 
+use std::hint::black_box;
+use std::path::Path;
 use std::process::ExitCode;
 use std::sync::atomic::{AtomicI64, AtomicU64, Ordering::SeqCst};
 use std::thread;
@@ -19,6 +28,9 @@ use std::time::Duration;
 
 use nix::time::{ClockId, clock_gettime};
 use oslib::clock::tsc;
+
+/// Ends a watch once it exists.
+const ENOUGH: &str = "/tmp/enough";
 
 /// How long the TSC is compared with CLOCK_MONOTONIC to know its rate.
 const CALIBRATION: Duration = Duration::from_millis(500);
@@ -36,8 +48,12 @@ fn main() -> ExitCode {
         }
         (Some("timer"), Some(Ok(seconds)), None) => watch_timer(seconds, 10),
         (Some("timer"), Some(Ok(seconds)), Some(Ok(period @ 1..))) => watch_timer(seconds, period),
+        (Some("float"), Some(Ok(seconds)), None) => watch_arithmetic(seconds),
+        (Some("ask"), None, None) => answer(),
         _ => {
-            eprintln!("usage: guest-agent clock SECONDS [THREADS] | timer SECONDS [PERIOD_MS]");
+            eprintln!(
+                "usage: guest-agent clock SECONDS [THREADS] | timer SECONDS [PERIOD_MS] | float SECONDS | ask"
+            );
             return ExitCode::from(2);
         }
     };
@@ -52,6 +68,25 @@ fn ns(clock: ClockId) -> i64 {
 
 fn monotonic_ns() -> i64 {
     ns(ClockId::CLOCK_MONOTONIC)
+}
+
+fn is_enough() -> bool {
+    Path::new(ENOUGH).exists()
+}
+
+/// Tells all clocks whenever it is asked, so that a test can bracket the answer with its own clock.
+fn answer() -> bool {
+    for line in std::io::stdin().lines() {
+        match line {
+            Ok(line) if line != "end" => {}
+            _ => break,
+        }
+        let [monotonic, realtime, boottime] =
+            [ClockId::CLOCK_MONOTONIC, ClockId::CLOCK_REALTIME, ClockId::CLOCK_BOOTTIME].map(ns);
+        let tsc = tsc();
+        println!("agent: now monotonic_ns={monotonic} realtime_ns={realtime} boottime_ns={boottime} tsc={tsc}");
+    }
+    true
 }
 
 /// What all threads saw together.
@@ -167,6 +202,9 @@ impl Clocks {
             previous = now;
             if gap > GAP_NS || now >= careful_at {
                 self.compare(origin, khz);
+                if is_enough() {
+                    break;
+                }
                 previous = monotonic_ns();
                 careful_at = previous + CAREFUL_EVERY_NS;
                 // The comparison is no gap, unless something stopped us in the midst of it.
@@ -200,7 +238,7 @@ fn watch_timer(seconds: u32, period_ms: u32) -> bool {
     let (mut wakeups, mut missed, mut early) = (0_u64, 0_i64, 0_u64);
     let (mut max_late, mut longest_sleep) = (0, 0);
     let mut next = begin + period;
-    while next < end {
+    while next < end && !is_enough() {
         let before = monotonic_ns();
         thread::sleep(Duration::from_nanos(u64::try_from(next - before).unwrap_or(0)));
         let now = monotonic_ns();
@@ -220,4 +258,28 @@ fn watch_timer(seconds: u32, period_ms: u32) -> bool {
         longest_sleep / 1000,
     );
     ok
+}
+
+/// Computes the same thing again and again. False if the result changed: then a register did.
+fn watch_arithmetic(seconds: u32) -> bool {
+    println!("agent: float begin seconds={seconds}");
+    let end = monotonic_ns() + i64::from(seconds) * 1_000_000_000;
+    let expected = orbit();
+    let (mut rounds, mut wrong) = (0_u64, 0_u64);
+    while monotonic_ns() < end && !is_enough() {
+        rounds += 1;
+        wrong += u64::from(orbit() != expected);
+    }
+    println!("agent: float {} rounds={rounds} wrong={wrong}", if wrong == 0 { "ok" } else { "bad" });
+    wrong == 0
+}
+
+/// A point of the logistic map after many steps. It is chaotic, so any change on the way changes the result, and it is all
+/// in registers, so a change of these does. It takes some ten milliseconds, with next to nothing between two calls.
+fn orbit() -> u64 {
+    let mut x = black_box(0.3);
+    for _ in 0..100_000 {
+        x = 3.99 * x * (1.0 - x);
+    }
+    f64::to_bits(x)
 }

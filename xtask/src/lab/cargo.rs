@@ -1,18 +1,39 @@
 //! What the lab runs is built by cargo; these ask it where the results are.
 
 use std::ffi::OsString;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::process::{Command, Stdio};
 
 use anyhow::{Context, Result, ensure};
+
+use crate::tools::workspace;
 
 /// Builds the release binary `program` of `package` and tells its path.
 pub(crate) fn release_program(package: &str, program: &str) -> Result<PathBuf> {
     executable(&["build", "--release", "-p", package, "--bin", program], &[], program)
 }
 
+/// Builds the `cpr-vmm` that leaves out steps of a restore when its environment says so, and tells its path. It lives in a
+/// folder of its own, so that nobody ever takes it for the real one.
+pub(super) fn faulty_vmm() -> Result<PathBuf> {
+    let target = std::env::var_os("CARGO_TARGET_DIR").map_or_else(|| workspace().join("target"), PathBuf::from);
+    let target = target.join("fault-injection");
+    let target = target.to_str().context("the name of the target folder is not UTF-8")?;
+    let mut arguments = vec!["build", "-p", "vmm", "--bin", "cpr-vmm", "--features", "fault-injection"];
+    arguments.extend(["--target-dir", target]);
+    // Quick to build, and small, as it goes into an initramfs.
+    for setting in [
+        "profile.dev.opt-level=1",
+        "profile.dev.debug=0",
+        "profile.dev.strip=\"symbols\"",
+    ] {
+        arguments.extend(["--config", setting]);
+    }
+    executable(&arguments, &[], "cpr-vmm")
+}
+
 /// Builds the integration test `test` of `package`, in release mode, and tells the path of its binary.
-pub(crate) fn test_binary(package: &str, test: &str) -> Result<PathBuf> {
+pub(super) fn test_binary(package: &str, test: &str) -> Result<PathBuf> {
     executable(&["test", "--release", "-p", package, "--test", test, "--no-run"], &[], test)
 }
 
@@ -25,13 +46,12 @@ pub(super) fn guest_agent() -> Result<PathBuf> {
 
 /// Runs cargo and finds the executable of `target` in its messages.
 fn executable(arguments: &[&str], trailing: &[&str], target: &str) -> Result<PathBuf> {
-    let workspace = Path::new(env!("CARGO_MANIFEST_DIR")).parent().context("xtask lies in no workspace")?;
     let cargo = std::env::var_os("CARGO").unwrap_or_else(|| OsString::from("cargo"));
     let output = Command::new(cargo)
         .args(arguments)
         .args(["--quiet", "--message-format=json-render-diagnostics"])
         .args(trailing)
-        .current_dir(workspace)
+        .current_dir(workspace())
         .stdin(Stdio::null())
         .stderr(Stdio::inherit())
         .output()

@@ -6,7 +6,7 @@ use anyhow::Result;
 use clap::{Args, Subcommand};
 
 use super::steps::step;
-use super::{LabOptions, LabReport, obstacle, prepare_build, release_program, run, shell, test_binary};
+use super::{LabOptions, LabReport, SEE_CARGO, obstacle, prepare_build, release_program, run, shell};
 
 /// The integration test of `vmm` that is written for the lab.
 const TEST: &str = "lab_linux";
@@ -60,12 +60,10 @@ pub(crate) fn lab(arguments: LabArgs) -> Result<LabReport> {
         return Ok(LabReport::skipped(reason));
     }
     let task = arguments.task.unwrap_or(LabTask::Test { name: TEST.into(), arguments: Vec::new() });
-    let see_cargo = "See cargo's messages above.";
-    let vmm = || step("release build of cpr-vmm", see_cargo, || release_program("vmm", "cpr-vmm"));
-    let test = |name: &str| step("release build of the test", see_cargo, || test_binary("vmm", name));
+    let vmm = || step("release build of cpr-vmm", SEE_CARGO, || release_program("vmm", "cpr-vmm"));
     let mut options = match &task {
         LabTask::Build => return prepare_build(),
-        LabTask::Test { name, arguments } => LabOptions::for_test(vmm()?, test(name)?, arguments),
+        LabTask::Test { name, arguments } => LabOptions::for_test(vmm()?, name, arguments)?,
         LabTask::Shell => LabOptions { vmm: Some(vmm()?), time_limit: SHELL_LIMIT, ..LabOptions::default() },
         LabTask::Run { command } => {
             LabOptions { vmm: Some(vmm()?), command: command.clone(), ..LabOptions::default() }

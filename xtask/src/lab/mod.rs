@@ -18,6 +18,7 @@
 //! |---|---|
 //! | `CPR_LAB` | `1` |
 //! | `CPR_VMM` | path of our release binary |
+//! | `CPR_VMM_FAULTY` | for a test: one that leaves out the steps of a restore that `CPR_TEST_SKIP_RESTORE` names |
 //! | `CPR_LAB_KERNEL`, `CPR_LAB_BZIMAGE` | the L2 kernel, as an ELF file and as a bzImage |
 //! | `CPR_LAB_INITRD` | the L2 initramfs |
 //! | `CPR_LAB_APPEND` | a kernel command line for L2 |
@@ -45,7 +46,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Result, ensure};
 
-pub(crate) use cargo::{release_program, test_binary};
+pub(crate) use cargo::release_program;
 pub(crate) use cli::{LabArgs, lab};
 
 use build::Build;
@@ -59,6 +60,12 @@ pub(crate) const PROMPT: &str = "guest-ready# ";
 /// A kernel command line for L2. The TSC checks, mitigations and messages cost much under emulation, and earlyprintk is
 /// what makes an emulated guest crawl. With `ECHO=1` added the shell echoes, for people.
 pub(crate) const L2_APPEND: &str = "console=ttyS0 quiet tsc=reliable no_timer_check mitigations=off";
+
+/// The name in `/lab` of the `cpr-vmm` that leaves out steps of a restore when told to.
+const FAULTY: &str = "cpr-vmm-faulty";
+
+/// What to do when one of our programs does not build.
+const SEE_CARGO: &str = "See cargo's messages above.";
 
 /// What the command has less than the machine: time to tell the end, and for us to fetch it.
 const GRACE: Duration = Duration::from_secs(20);
@@ -106,16 +113,26 @@ impl Default for LabOptions {
 }
 
 impl LabOptions {
-    /// Runs a libtest binary, as [`test_binary`] finds it, with `arguments` (filters, `--nocapture`) against `vmm`.
-    pub(crate) fn for_test(vmm: PathBuf, test: PathBuf, arguments: &[String]) -> Self {
+    /// Runs the integration test `name` of `vmm`, built now, with `arguments` (filters, `--nocapture`) against the
+    /// binary `vmm`. Its tests run one after another: each has the machine's CPUs for itself.
+    ///
+    /// # Errors
+    /// The test does not build, or the `cpr-vmm` with faults that it is checked with.
+    pub(crate) fn for_test(vmm: PathBuf, name: &str, arguments: &[String]) -> Result<Self> {
+        let test = step("release build of the test", SEE_CARGO, || cargo::test_binary("vmm", name))?;
+        let faulty = step("build of cpr-vmm with faults", SEE_CARGO, cargo::faulty_vmm)?;
         let mut command = vec!["./test".to_owned()];
         command.extend_from_slice(arguments);
-        Self {
+        let files = [(test, "test"), (faulty, FAULTY)].map(|(from, name)| LabFile { from, name: name.into() });
+        let environment =
+            [("CPR_VMM_FAULTY", format!("/lab/{FAULTY}")), ("RUST_TEST_THREADS", "1".to_owned())];
+        Ok(Self {
             vmm: Some(vmm),
-            files: vec![LabFile { from: test, name: "test".into() }],
+            files: files.into(),
             command,
+            environment: environment.map(|(name, value)| (name.to_owned(), value)).into(),
             ..Self::default()
-        }
+        })
     }
 }
 

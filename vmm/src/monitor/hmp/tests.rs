@@ -75,8 +75,6 @@ fn each_command_is_its_qmp_command() {
         ("s", Command::Stop),
         ("cont", Command::Cont),
         ("c", Command::Cont),
-        ("quit", Command::Quit),
-        ("q", Command::Quit),
         ("system_reset", Command::SystemReset),
         ("migrate_cancel", Command::MigrateCancel),
         ("migrate_incoming memfd:", Command::MigrateIncoming { channel: Channel::Memfd }),
@@ -86,6 +84,12 @@ fn each_command_is_its_qmp_command() {
         let mut machine = Machine::default();
         assert_eq!(answer(line, &mut machine), "", "{line}");
         assert_eq!(machine.commands, [command], "{line}");
+    }
+    for line in ["quit", "q"] {
+        let mut machine = Machine::default();
+        // No prompt, and no answer to what follows.
+        assert_eq!(printed(&format!("{line}\ninfo status\n"), &mut machine), format!("{line}\r\n"));
+        assert_eq!(machine.commands, [Command::Quit]);
     }
     let mut machine = Machine::default();
     assert_eq!(answer("migrate_set_capability events on", &mut machine), "");
