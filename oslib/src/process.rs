@@ -23,7 +23,9 @@ pub fn schedule_normally(pid: u32) -> io::Result<()> {
     let pid = i32::try_from(pid).map_err(|_| io::ErrorKind::InvalidInput)?;
     let parameters = libc::sched_param { sched_priority: 0 };
     // SAFETY: the parameters outlive the call, which only reads them.
-    nix::errno::Errno::result(unsafe { libc::sched_setscheduler(pid, libc::SCHED_OTHER, &raw const parameters) })?;
+    nix::errno::Errno::result(unsafe {
+        libc::sched_setscheduler(pid, libc::SCHED_OTHER, &raw const parameters)
+    })?;
     Ok(())
 }
 

@@ -38,14 +38,18 @@ pub fn set_slice(thread: ThreadId, slice: Option<Duration>) -> io::Result<()> {
     let len = size_of::<SchedAttr>() as u32;
     let mut attributes = SchedAttr { size: len, ..SchedAttr::default() };
     // SAFETY: the kernel writes at most `len` bytes to the structure, which is that large and plain data.
-    Errno::result(unsafe { libc::syscall(libc::SYS_sched_getattr, thread.as_u32(), &raw mut attributes, len, 0) })?;
+    Errno::result(unsafe {
+        libc::syscall(libc::SYS_sched_getattr, thread.as_u32(), &raw mut attributes, len, 0)
+    })?;
     if ![libc::SCHED_OTHER, libc::SCHED_BATCH].contains(&attributes.policy.cast_signed()) {
         return Ok(());
     }
     attributes.size = len;
     attributes.runtime_ns = slice.map_or(0, |slice| slice.as_nanos() as u64);
     // SAFETY: the kernel reads `size` bytes of the structure, which lives until the call returns.
-    Errno::result(unsafe { libc::syscall(libc::SYS_sched_setattr, thread.as_u32(), &raw const attributes, 0) })?;
+    Errno::result(unsafe {
+        libc::syscall(libc::SYS_sched_setattr, thread.as_u32(), &raw const attributes, 0)
+    })?;
     Ok(())
 }
 

@@ -52,7 +52,10 @@ impl Guest {
     /// As [`attach`](Self::attach).
     pub fn attach_file(path: &Path, vcpus: u64) -> anyhow::Result<Guest> {
         let file = OpenOptions::new().read(true).write(true).open(path)?;
-        let len = file.metadata()?.len();
+        // Between its creation and its first use a memfd has no size yet.
+        let len = wait_for("the size of the guest's RAM", crate::PATIENCE, || {
+            file.metadata().ok().map(|metadata| metadata.len()).filter(|&len| len > 0)
+        })?;
         let guest = Guest { ram: SharedMapping::map(&file, len)?, file };
         let header = Header::new(&guest);
         wait_for("the payload", Duration::from_secs(60), || {

@@ -6,7 +6,7 @@ use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, bail, ensure};
 use serde_json::{Value, json};
@@ -349,6 +349,8 @@ impl Vmm {
                 Some("failed") => bail!("the update failed: {}", info["error-desc"]),
                 _ => ensure!(Instant::now() < deadline, "the update does not end: {info}"),
             }
+            // Asked without a pause, it would spend the CPU that the update needs.
+            std::thread::sleep(Duration::from_micros(500));
         }
     }
 

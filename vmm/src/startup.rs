@@ -67,7 +67,8 @@ fn try_main(args: impl IntoIterator<Item = OsString>, started_ns: u64) -> anyhow
     }
     let invocation = cli::parse(args).inspect_err(|_| {
         // The predecessor's terminal modes are still set, and nobody else will give the terminal back.
-        let early = arrival.as_mut().and_then(|arrival| app::take_early_state(&mut arrival.arrival.early).ok());
+        let early =
+            arrival.as_mut().and_then(|arrival| app::take_early_state(&mut arrival.arrival.early).ok());
         if let Some(terminal) = early.and_then(|early| early.terminal()) {
             chardev::restore_terminal(&terminal);
         }

@@ -33,7 +33,9 @@ pub const SPANS: &[&str] = &[
 /// # Errors
 /// A file cannot be opened.
 pub fn start(config: &TraceConfig) -> anyhow::Result<()> {
-    if let Some(unknown) = config.patterns.iter().find(|pattern| !SPANS.iter().any(|span| matches(pattern, span))) {
+    if let Some(unknown) =
+        config.patterns.iter().find(|pattern| !SPANS.iter().any(|span| matches(pattern, span)))
+    {
         bail!("-trace: nothing is named '{unknown}' (known: {}; * stands for any text)", SPANS.join(", "));
     }
     let log = tracing_subscriber::fmt::layer()

@@ -75,7 +75,7 @@ fn endure(cpus: u8, first: u32, updates: u32) -> anyhow::Result<()> {
             for update in 1..=updates {
                 ensure!(Instant::now() < end, "only {update} of {updates} updates in {LIMIT:?}");
                 // Now and then through a file, so that this way's leftovers would show, too.
-                if update % 25 == 0 {
+                if update.is_multiple_of(25) {
                     vmm.update_by_file()?
                 } else {
                     vmm.update()?
@@ -151,7 +151,7 @@ fn updates_that_fail_leave_nothing_behind() -> anyhow::Result<()> {
         ),
         (vmm.exec_command("memfd:"), "file:/dev/full".to_owned(), "/dev/full"),
     ];
-    let mut fail = |vmm: &mut Vmm, times: usize| {
+    let fail = |vmm: &mut Vmm, times: usize| {
         for (command, uri, reason) in ways.iter().cycle().take(times) {
             vmm.set_exec(command)?;
             let error = vmm.migrate(uri).err().context("the update succeeded")?.to_string();
@@ -208,9 +208,13 @@ impl Fire {
             _ => ("query-status", json!({}), false),
         };
         // An id may be any value.
-        let id = if self.next_id % 2 == 0 { json!(self.next_id) } else { json!({ "shot": self.next_id }) };
+        let id = if self.next_id.is_multiple_of(2) {
+            json!(self.next_id)
+        } else {
+            json!({ "shot": self.next_id })
+        };
         let request = json!({ "execute": command, "arguments": arguments, "id": id }).to_string();
-        let (one, two) = request.split_at(if self.next_id % 7 == 0 { request.len() / 2 } else { 0 });
+        let (one, two) = request.split_at(if self.next_id.is_multiple_of(7) { request.len() / 2 } else { 0 });
         self.qmp.send_raw(one.as_bytes())?;
         if !one.is_empty() {
             std::thread::sleep(Duration::from_millis(2));

@@ -9,7 +9,8 @@ use anyhow::{Context, anyhow, bail};
 use cpr_core::error::BoxError;
 use cpr_core::frame::Frame;
 use cpr_core::{
-    Backing, FdKind, FdPolicy, FdRegistry, GuestActivity, Host, IncomingError, MemoryRegion, StateWriter, TerminalAction,
+    Backing, FdKind, FdPolicy, FdRegistry, GuestActivity, Host, IncomingError, MemoryRegion, StateWriter,
+    TerminalAction,
 };
 use serde::{Deserialize, Serialize};
 use vmm_core::state::MachineState;

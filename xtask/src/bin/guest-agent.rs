@@ -84,7 +84,9 @@ fn answer() -> bool {
         let [monotonic, realtime, boottime] =
             [ClockId::CLOCK_MONOTONIC, ClockId::CLOCK_REALTIME, ClockId::CLOCK_BOOTTIME].map(ns);
         let tsc = tsc();
-        println!("agent: now monotonic_ns={monotonic} realtime_ns={realtime} boottime_ns={boottime} tsc={tsc}");
+        println!(
+            "agent: now monotonic_ns={monotonic} realtime_ns={realtime} boottime_ns={boottime} tsc={tsc}"
+        );
     }
     true
 }

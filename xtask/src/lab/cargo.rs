@@ -13,28 +13,17 @@ pub(crate) fn release_program(package: &str, program: &str) -> Result<PathBuf> {
     executable(&["build", "--release", "-p", package, "--bin", program], &[], program)
 }
 
-/// Builds the `cpr-vmm` that leaves out steps of a restore when its environment says so, and tells its path. It lives in a
-/// folder of its own, so that nobody ever takes it for the real one.
+/// Builds the `cpr-vmm` that leaves out steps of a restore when its environment says so, and tells its path. It has a name
+/// of its own, so that nobody ever takes it for the real one; without symbols, as it goes into an initramfs.
 pub(super) fn faulty_vmm() -> Result<PathBuf> {
-    let target = std::env::var_os("CARGO_TARGET_DIR").map_or_else(|| workspace().join("target"), PathBuf::from);
-    let target = target.join("fault-injection");
-    let target = target.to_str().context("the name of the target folder is not UTF-8")?;
-    let mut arguments = vec!["build", "-p", "vmm", "--bin", "cpr-vmm", "--features", "fault-injection"];
-    arguments.extend(["--target-dir", target]);
-    // Quick to build, and small, as it goes into an initramfs.
-    for setting in [
-        "profile.dev.opt-level=1",
-        "profile.dev.debug=0",
-        "profile.dev.strip=\"symbols\"",
-    ] {
-        arguments.extend(["--config", setting]);
-    }
-    executable(&arguments, &[], "cpr-vmm")
+    let program = "cpr-vmm-faulty";
+    let arguments = ["rustc", "-p", "vmm", "--bin", program, "--features", "fault-injection"];
+    executable(&arguments, &["--", "-C", "strip=symbols"], program)
 }
 
-/// Builds the integration test `test` of `package`, in release mode, and tells the path of its binary.
+/// Builds the integration test `test` of `package` and tells the path of its binary.
 pub(super) fn test_binary(package: &str, test: &str) -> Result<PathBuf> {
-    executable(&["test", "--release", "-p", package, "--test", test, "--no-run"], &[], test)
+    executable(&["test", "-p", package, "--test", test, "--no-run"], &[], test)
 }
 
 /// Builds the agent that runs in L2. It shares the dependencies of xtask's own build, so this takes a moment only; the

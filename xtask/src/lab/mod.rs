@@ -18,7 +18,7 @@
 //! |---|---|
 //! | `CPR_LAB` | `1` |
 //! | `CPR_VMM` | path of our release binary |
-//! | `CPR_VMM_FAULTY` | for a test: one that leaves out the steps of a restore that `CPR_TEST_SKIP_RESTORE` names |
+//! | `CPR_LAB_FAULTY_VMM` | for a test: a `cpr-vmm` that leaves out the steps of a restore that `CPR_TEST_SKIP_RESTORE` names |
 //! | `CPR_LAB_KERNEL`, `CPR_LAB_BZIMAGE` | the L2 kernel, as an ELF file and as a bzImage |
 //! | `CPR_LAB_INITRD` | the L2 initramfs |
 //! | `CPR_LAB_APPEND` | a kernel command line for L2 |
@@ -119,13 +119,14 @@ impl LabOptions {
     /// # Errors
     /// The test does not build, or the `cpr-vmm` with faults that it is checked with.
     pub(crate) fn for_test(vmm: PathBuf, name: &str, arguments: &[String]) -> Result<Self> {
-        let test = step("release build of the test", SEE_CARGO, || cargo::test_binary("vmm", name))?;
+        let test = step("build of the test", SEE_CARGO, || cargo::test_binary("vmm", name))?;
         let faulty = step("build of cpr-vmm with faults", SEE_CARGO, cargo::faulty_vmm)?;
         let mut command = vec!["./test".to_owned()];
         command.extend_from_slice(arguments);
-        let files = [(test, "test"), (faulty, FAULTY)].map(|(from, name)| LabFile { from, name: name.into() });
+        let files =
+            [(test, "test"), (faulty, FAULTY)].map(|(from, name)| LabFile { from, name: name.into() });
         let environment =
-            [("CPR_VMM_FAULTY", format!("/lab/{FAULTY}")), ("RUST_TEST_THREADS", "1".to_owned())];
+            [("CPR_LAB_FAULTY_VMM", format!("/lab/{FAULTY}")), ("RUST_TEST_THREADS", "1".to_owned())];
         Ok(Self {
             vmm: Some(vmm),
             files: files.into(),
