@@ -293,7 +293,7 @@ fn a_section_from_the_future_is_refused() {
     let mut early = FrameWriter::default();
     early.put("cpr-exec/process", 0, 2, vec![1, 2, 3]).unwrap();
     let error = crafted.refused_early(&early.finish(EPOCH));
-    assert_eq!(error, "state section 'cpr-exec/process' has version 2; this program reads 1");
+    assert_eq!(error, "state section 'cpr-exec/process' has version 2; this program reads version 1");
 }
 
 #[test]

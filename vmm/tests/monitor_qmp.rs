@@ -5,7 +5,7 @@ use std::os::fd::AsFd;
 use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
-use testkit::{Gate, PATIENCE, Qmp, Vmm, VmmBuilder, need_kvm, wait_for};
+use testkit::{Gate, PATIENCE, Qmp, Vmm, VmmBuilder, need_kvm, process, wait_for};
 
 /// Long enough for a message that should not come.
 const QUIET: Duration = Duration::from_millis(50);
@@ -489,5 +489,22 @@ fn a_client_that_leaves_during_an_update_is_not_missed() -> anyhow::Result<()> {
     assert_eq!((&early).read(&mut [0])?, 1, "its greeting");
     guest.beats_on(0)?;
     assert_eq!(vmm.status()?, "running");
+    vmm.quit()
+}
+
+#[test]
+fn a_client_that_leaves_as_an_update_begins_makes_room_for_the_next() -> anyhow::Result<()> {
+    need_kvm!();
+    let mut vmm = VmmBuilder::new().args(&["-qmp", &second_monitor("qmp2")]).start()?;
+    set_command(&mut vmm, "memfd:")?;
+    let leaving = Qmp::connect(&vmm.path("qmp2"))?;
+    // The main loop finds both in one round: the end of one connection, and the request on the other.
+    process::send_signal(vmm.pid(), process::SIGSTOP)?;
+    drop(leaving);
+    let id = vmm.qmp().send("migrate", json!({ "uri": "memfd:" }))?;
+    process::send_signal(vmm.pid(), process::SIGCONT)?;
+    vmm.qmp().reply(id)?;
+    vmm.qmp().event("RESUME")?;
+    Qmp::connect(&vmm.path("qmp2"))?.execute("query-status", json!({}))?;
     vmm.quit()
 }

@@ -11,7 +11,7 @@ use testkit::{VmmBuilder, need_kvm, skip_unless};
 const PACKAGE: &str = "qemu.qmp==0.0.6";
 const SCRIPT: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/qemu_qmp_client.py");
 const INSTALLING: Duration = Duration::from_secs(120);
-const DRIVING: Duration = Duration::from_secs(60);
+const DRIVING: Duration = Duration::from_secs(120);
 
 /// Runs a program to its end, `limit` at most.
 fn run(command: &mut Command, limit: Duration) -> anyhow::Result<Output> {
@@ -27,7 +27,8 @@ fn run(command: &mut Command, limit: Duration) -> anyhow::Result<Output> {
         if Instant::now() > deadline {
             child.kill()?;
             let output = child.wait_with_output()?;
-            bail!("{command:?} does not end: {}", String::from_utf8_lossy(&output.stderr));
+            let text = [output.stdout, output.stderr].concat();
+            bail!("{command:?} does not end: {}", String::from_utf8_lossy(&text));
         }
         std::thread::sleep(Duration::from_millis(10));
     }
@@ -72,7 +73,7 @@ fn the_stock_client_of_qemu_drives_updates() -> anyhow::Result<()> {
     let guest = vmm.guest()?;
     guest.fill(8 << 20, 9)?;
     let mut script = Command::new(python?);
-    script.arg(SCRIPT).arg(vmm.path("qmp")).arg(vmm.pid().to_string()).arg(testkit::binary());
+    script.args(["-u", SCRIPT]).arg(vmm.path("qmp")).arg(vmm.pid().to_string()).arg(testkit::binary());
     let told = run_well(script.args(vmm.args()).current_dir(vmm.path("")), DRIVING)
         .with_context(|| format!("cpr-vmm says: {}", vmm.stderr()))?;
     assert!(told.ends_with("ended"), "{told}");
