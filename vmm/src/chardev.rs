@@ -476,6 +476,10 @@ fn open_socket(
     let name = registry_name(identity);
     let path = std::path::absolute(at.path)?;
     let took_over = state.is_some();
+    if state.as_ref().is_some_and(|state| !state.connected) {
+        // Its end was seen, but something still held it open when the descriptors were counted.
+        registry.delete(&name, CONNECTION);
+    }
     let mut connection: Option<Arc<OwnedFd>> = registry.find(&name, CONNECTION);
     if let Some(connection) = &connection {
         output.connect(Sink::Socket(connection.clone()), pending(state));

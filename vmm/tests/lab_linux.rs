@@ -549,38 +549,3 @@ fn without_irqchip() -> anyhow::Result<()> {
 fn without_msrs() -> anyhow::Result<()> {
     is_noticed("msrs", shell_answers_through, "")
 }
-
-#[test]
-fn scratch_speed() -> anyhow::Result<()> {
-    let lab = need_lab!();
-    let kernel = lab.vmlinux.clone();
-    let mut linux = Linux::boot(lab, &kernel, 1)?;
-    let bench = |linux: &mut Linux, what: &str| -> anyhow::Result<()> {
-        let mut words = String::new();
-        for cmd in ["guest-agent float 1 | tail -1", "i=0; while [ $i -lt 20000 ]; do i=$((i+1)); done", "i=0; while [ $i -lt 40 ]; do /bin/busybox true; i=$((i+1)); done", "dd if=/dev/zero of=/tmp/x bs=64k count=400 2>/dev/null; rm /tmp/x"] {
-            let b = Instant::now();
-            let out = linux.shell.run_within(cmd, Duration::from_secs(60))?;
-            words.push_str(&format!("{:6.2} s {out}; ", b.elapsed().as_secs_f64()));
-        }
-        linux.step(&format!("{what}: {words}"));
-        Ok(())
-    };
-    bench(&mut linux, "fresh")?;
-    bench(&mut linux, "fresh")?;
-    linux.vmm.qmp().execute("system_reset", json!({}))?;
-    linux.at_prompt()?;
-    bench(&mut linux, "reset")?;
-    bench(&mut linux, "reset")?;
-    linux.vmm.qmp().execute("system_reset", json!({}))?;
-    linux.at_prompt()?;
-    bench(&mut linux, "reset")?;
-    linux.update(Target::Good)?;
-    bench(&mut linux, "update")?;
-    linux.update(Target::Good)?;
-    bench(&mut linux, "update")?;
-    bench(&mut linux, "update")?;
-    linux.vmm.qmp().execute("system_reset", json!({}))?;
-    linux.at_prompt()?;
-    bench(&mut linux, "reset")?;
-    Ok(())
-}
