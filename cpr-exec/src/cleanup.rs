@@ -25,7 +25,7 @@ impl KeeperEnd {
     }
 
     /// Tells the keeper that the ownership word has flipped. It closes its descriptors at once, so that peers see
-    /// what this process closes, and takes the old address space down at idle priority.
+    /// what this process closes, and takes the old address space down at low priority.
     ///
     /// # Errors
     /// The doorbell cannot be rung.
@@ -33,12 +33,12 @@ impl KeeperEnd {
         self.doorbell.signal()
     }
 
-    /// Asks for the end of a released keeper to come soon, because another update waits for it: at idle priority it
-    /// starves beside a guest that keeps every CPU busy. Where that is not permitted it takes as long as it takes.
+    /// Asks for the end of a released keeper to come soon, because another update waits for it: at low priority it
+    /// takes long beside a guest that keeps every CPU busy. Where that is not permitted it takes as long as it takes.
     pub fn hurry(&self) {
         // Our child that nobody has reaped: the number is still its.
         if let Err(error) = oslib::process::schedule_normally(self.pid) {
-            tracing::debug!(%error, "the keeper stays at idle priority");
+            tracing::debug!(%error, "the keeper stays at low priority");
         }
     }
 

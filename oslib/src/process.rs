@@ -15,10 +15,10 @@ use nix::sys::signal::Signal;
 use nix::sys::{prctl, stat::Mode};
 use nix::unistd::{SysconfVar, sysconf};
 
-/// Schedules `pid` as an ordinary process again, if it stepped down to SCHED_IDLE (sched(7)).
+/// Schedules `pid` as an ordinary process again, if it stepped down (sched(7), setpriority(2)).
 ///
 /// # Errors
-/// EPERM without `CAP_SYS_NICE` or a permissive `RLIMIT_NICE`; ESRCH if there is no such process.
+/// EACCES or EPERM without `CAP_SYS_NICE` or a permissive `RLIMIT_NICE`; ESRCH if there is no such process.
 pub fn schedule_normally(pid: u32) -> io::Result<()> {
     let pid = i32::try_from(pid).map_err(|_| io::ErrorKind::InvalidInput)?;
     let parameters = libc::sched_param { sched_priority: 0 };
@@ -26,6 +26,8 @@ pub fn schedule_normally(pid: u32) -> io::Result<()> {
     nix::errno::Errno::result(unsafe {
         libc::sched_setscheduler(pid, libc::SCHED_OTHER, &raw const parameters)
     })?;
+    // SAFETY: takes no pointer.
+    nix::errno::Errno::result(unsafe { libc::setpriority(libc::PRIO_PROCESS, pid.cast_unsigned(), 0) })?;
     Ok(())
 }
 

@@ -266,8 +266,9 @@ fn target(arguments: &[String]) {
     assert_eq!(adjustment.trim(), "1000");
     assert_ne!(std::fs::read_to_string("/proc/self/oom_score_adj").unwrap().trim(), "1000");
     let stat = std::fs::read_to_string(format!("/proc/{}/stat", target.keeper_pid)).unwrap();
-    let policy = stat.rsplit_once(')').unwrap().1.split_ascii_whitespace().nth(38).unwrap();
-    assert_eq!(policy, libc::SCHED_IDLE.to_string());
+    let fields: Vec<_> = stat.rsplit_once(')').unwrap().1.split_ascii_whitespace().collect();
+    let (nice, policy) = (fields[16], fields[38]);
+    assert_eq!((nice, policy), ("10", &*libc::SCHED_BATCH.to_string()));
 
     assert_eq!(target.keeper.reap().unwrap(), Exit::Exited(0));
     assert_no_children();

@@ -20,8 +20,8 @@ use testkit::{GuestShell, Vmm, VmmBuilder, current_test};
 const BOOT_LIMIT: Duration = Duration::from_secs(300);
 /// How long a command in the guest may take.
 const COMMAND_LIMIT: Duration = Duration::from_secs(30);
-/// After this long without an answer the guest is given up, where it is expected to fail.
-const DEATH_LIMIT: Duration = Duration::from_secs(15);
+/// After this long without an answer a guest is given up that is expected to fail.
+const DEATH_LIMIT: Duration = Duration::from_secs(8);
 
 const RAM: u64 = 256 << 20;
 
@@ -75,6 +75,16 @@ enum Target<'a> {
     Faulty(Option<&'a str>),
 }
 
+impl Target<'_> {
+    /// How long the guest may take to answer afterwards.
+    fn patience(self) -> Duration {
+        match self {
+            Target::Faulty(Some(_)) => DEATH_LIMIT,
+            Target::Good | Target::Faulty(None) => COMMAND_LIMIT,
+        }
+    }
+}
+
 /// A guest at its shell prompt.
 struct Linux {
     vmm: Vmm,
@@ -89,15 +99,20 @@ struct Linux {
 impl Linux {
     /// Boots `kernel` up to the prompt.
     fn boot(lab: Lab, kernel: &str, cpus: u8) -> anyhow::Result<Linux> {
+        let mut linux = Linux::start(lab, kernel, cpus)?;
+        linux.at_prompt()?;
+        Ok(linux)
+    }
+
+    /// Starts to boot `kernel`.
+    fn start(lab: Lab, kernel: &str, cpus: u8) -> anyhow::Result<Linux> {
         let begin = Instant::now();
         let serial = ["-serial", "unix:serial,server=on,wait=off"];
         let boot = ["-kernel", kernel, "-initrd", &lab.initrd, "-append", &lab.append];
         let builder = VmmBuilder::new().binary(&lab.vmm).memory(RAM).cpus(cpus).args(&serial).args(&boot);
         let vmm = builder.start()?;
         let shell = GuestShell::connect(&vmm.path("serial"), &lab.prompt)?;
-        let mut linux = Linux { vmm, shell, lab, begin, updates: 0, longest_blackout: Duration::ZERO };
-        linux.at_prompt()?;
-        Ok(linux)
+        Ok(Linux { vmm, shell, lab, begin, updates: 0, longest_blackout: Duration::ZERO })
     }
 
     /// Waits for the end of a boot.
@@ -164,6 +179,7 @@ impl Linux {
         ensure!(event["data"] == json!({ "guest": true, "reason": reason }), "{event}");
         let code = self.vmm.wait_exit()?;
         ensure!(code == Some(0), "exit code {code:?}: {}", self.vmm.stderr());
+        ensure!(self.vmm.stderr().is_empty(), "it complained: {}", self.vmm.stderr());
         self.step(&format!("the end: {reason}"));
         Ok(())
     }
@@ -233,7 +249,7 @@ fn boot_is_good(linux: &mut Linux, cpus: u8) -> anyhow::Result<()> {
 }
 
 /// What a kernel says of a machine whose time or CPUs do not behave.
-const ALARMS: &str = "unstable|soft lockup|hard lockup|hrtimer: interrupt took|rcu.*stall|BUG:|WARNING:|Call Trace|clock.*skew|lost.*interrupt|nobody cared";
+const ALARMS: &str = "unstable|lockup|rcu.*stall|skew|nobody cared|BUG:|WARNING:|Call Trace";
 
 fn clocksource(linux: &mut Linux) -> anyhow::Result<String> {
     linux.run("cat /sys/devices/system/clocksource/clocksource0/current_clocksource")
@@ -303,7 +319,7 @@ fn clocks_are_good(report: &Report) -> anyhow::Result<()> {
 
 /// CLOCK_MONOTONIC and the TSC, read all the time on all CPUs, neither step back nor move apart.
 fn clocks_go_on_through(linux: &mut Linux, target: Target<'_>) -> anyhow::Result<()> {
-    let printed = watched(linux, &["clock 120"], DEATH_LIMIT, |linux| linux.update(target))?;
+    let printed = watched(linux, &["clock 120"], target.patience(), |linux| linux.update(target))?;
     let report = Report::parse(&printed[0], "clock")?;
     linux.step(&report.line);
     clocks_are_good(&report)
@@ -311,7 +327,7 @@ fn clocks_go_on_through(linux: &mut Linux, target: Target<'_>) -> anyhow::Result
 
 /// A process whose values are in registers of the FPU keeps them.
 fn float_registers_stay_through(linux: &mut Linux, target: Target<'_>) -> anyhow::Result<()> {
-    let printed = watched(linux, &["float 120"], DEATH_LIMIT, |linux| linux.update(target))?;
+    let printed = watched(linux, &["float 120"], target.patience(), |linux| linux.update(target))?;
     let report = Report::parse(&printed[0], "float")?;
     linux.step(&report.line);
     ensure!(report.get("rounds")? > 0 && report.get("wrong")? == 0, "wrong results: {}", report.line);
@@ -322,7 +338,7 @@ fn float_registers_stay_through(linux: &mut Linux, target: Target<'_>) -> anyhow
 fn shell_answers_through(linux: &mut Linux, target: Target<'_>) -> anyhow::Result<()> {
     linux.run("kept=here")?;
     linux.update(target)?;
-    let answer = linux.shell.run_within("sleep 0.2; echo $kept $((6 * 7))", DEATH_LIMIT)?;
+    let answer = linux.shell.run_within("sleep 0.2; echo $kept $((6 * 7))", target.patience())?;
     ensure!(answer == "here 42", "{answer}");
     Ok(())
 }
@@ -374,16 +390,19 @@ fn slack_ns(passed: i64) -> i64 {
     1_000_000 + passed / 5_000
 }
 
-/// The guest's clocks advance over the update by what ours do.
+/// The guest's clocks advance over updates by what ours do. There are several: together they take longer than readings do,
+/// so a clock that stands still meanwhile is found out.
 fn time_agrees_with_the_host_through(linux: &mut Linux, target: Target<'_>) -> anyhow::Result<()> {
     let source = clocksource(linux)?;
     let origin = linux.begin;
     linux.shell.type_line("guest-agent ask")?;
     let first = Reading::take(&mut linux.shell, origin, COMMAND_LIMIT)?;
-    linux.update(target)?;
+    for _ in 0..3 {
+        linux.update(target)?;
+    }
     std::thread::sleep(Duration::from_millis(500));
-    let second = Reading::take(&mut linux.shell, origin, DEATH_LIMIT)?;
-    linux.shell.run_within("end", DEATH_LIMIT)?;
+    let second = Reading::take(&mut linux.shell, origin, target.patience())?;
+    linux.shell.run_within("end", target.patience())?;
     linux.step(&format!("time was read within {:?} and {:?}", first.width(), second.width()));
 
     let monotonic = |r: Reading| (r.guest_monotonic, r.before_monotonic, r.after_monotonic);
@@ -416,7 +435,7 @@ fn one_vcpu_over_pvh() -> anyhow::Result<()> {
     let mut linux = Linux::boot(lab, &kernel, 1)?;
     boot_is_good(&mut linux, 1)?;
     time_agrees_with_the_host_through(&mut linux, Target::Good)?;
-    time_agrees_with_the_host_through(&mut linux, Target::Good)?;
+    clocks_go_on_through(&mut linux, Target::Good)?;
     float_registers_stay_through(&mut linux, Target::Good)?;
     shell_answers_through(&mut linux, Target::Good)?;
 
@@ -485,11 +504,29 @@ fn two_vcpus_over_pvh() -> anyhow::Result<()> {
 }
 
 #[test]
-fn bzimage() -> anyhow::Result<()> {
+fn one_vcpu_as_bzimage() -> anyhow::Result<()> {
     let lab = need_lab!();
     let kernel = lab.bzimage.clone();
     let mut linux = Linux::boot(lab, &kernel, 1)?;
     boot_is_good(&mut linux, 1)?;
+    shell_answers_through(&mut linux, Target::Good)?;
+    linux.shell.type_line("poweroff -f")?;
+    linux.ends("guest-shutdown")
+}
+
+/// The kernel unpacks itself, finds its clocks, and starts its second CPU, all with updates in between.
+#[test]
+fn two_vcpus_as_bzimage_updated_while_it_boots() -> anyhow::Result<()> {
+    let lab = need_lab!();
+    let kernel = lab.bzimage.clone();
+    let mut linux = Linux::start(lab, &kernel, 2)?;
+    for _ in 0..8 {
+        std::thread::sleep(Duration::from_secs(1));
+        linux.update(Target::Good)?;
+    }
+    linux.at_prompt()?;
+    boot_is_good(&mut linux, 2)?;
+    timers_tick(&mut linux, 2)?;
     shell_answers_through(&mut linux, Target::Good)?;
     linux.shell.type_line("poweroff -f")?;
     linux.ends("guest-shutdown")
@@ -537,15 +574,15 @@ fn without_xsave() -> anyhow::Result<()> {
 
 #[test]
 fn without_lapic() -> anyhow::Result<()> {
-    is_noticed("lapic", shell_answers_through, "in vain")
+    is_noticed("lapic", shell_answers_through, "the guest's shell")
 }
 
 #[test]
 fn without_irqchip() -> anyhow::Result<()> {
-    is_noticed("irqchip", shell_answers_through, "in vain")
+    is_noticed("irqchip", shell_answers_through, "the guest's shell")
 }
 
 #[test]
 fn without_msrs() -> anyhow::Result<()> {
-    is_noticed("msrs", shell_answers_through, "")
+    is_noticed("msrs", shell_answers_through, "the guest's shell")
 }

@@ -16,6 +16,9 @@ const RECHECK_MS: u32 = 1000;
 /// Between two attempts of a poll that the kernel refused.
 const RETRY_MS: u32 = 10;
 
+/// How nice the keeper is while it tears down: about a tenth of the CPU time of an ordinary process.
+const NICE: u8 = 10;
+
 /// What the keeper was told; nobody changes it while the keeper runs.
 #[derive(Debug)]
 pub(super) struct Orders {
@@ -87,9 +90,10 @@ fn step_aside(orders: &Orders, code: u8) -> ! {
     for range in &orders.close {
         raw::close_range(*range.start(), *range.end());
     }
-    // The rest is tearing down page tables, which may take as long as it likes; and should memory get short meanwhile,
-    // this process is the one to lose.
-    raw::set_idle_scheduling();
+    // The rest is tearing down page tables, which may take its time; and should memory get short meanwhile, this
+    // process is the one to lose. Not SCHED_IDLE: beside guests that keep every CPU busy it would hardly run at all, and
+    // it would do so holding what others wait for (the kernel's SRCU of MMU notifiers, which all VMs share).
+    raw::lower_priority(NICE);
     raw::write_file(c"/proc/self/oom_score_adj", b"1000");
     raw::exit(code)
 }

@@ -61,11 +61,14 @@ pub(super) fn close_range(first: u32, last: u32) {
     unsafe { syscall(libc::SYS_close_range, [first as usize, last as usize, 0, 0, 0]) };
 }
 
-pub(super) fn set_idle_scheduling() {
+pub(super) fn lower_priority(nice: u8) {
     let parameter = libc::sched_param { sched_priority: 0 };
-    let policy = libc::SCHED_IDLE as usize;
+    let policy = libc::SCHED_BATCH as usize;
     // SAFETY: reads one sched_param; process 0 is the caller.
     unsafe { syscall(libc::SYS_sched_setscheduler, [0, policy, &raw const parameter as usize, 0, 0]) };
+    let process = libc::PRIO_PROCESS as usize;
+    // SAFETY: takes no pointer; process 0 is the caller.
+    unsafe { syscall(libc::SYS_setpriority, [process, 0, nice.into(), 0, 0]) };
 }
 
 /// Writes `bytes` to the file `path`, which exists.
