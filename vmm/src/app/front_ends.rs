@@ -165,6 +165,7 @@ impl App {
 
     /// Lets every session handle its input, and passes on what they print.
     pub(super) fn process_front_ends(&mut self) {
+        self.resumed = false;
         for at in 0..self.parts.front_ends.len() {
             for user in 0..self.parts.front_ends[at].users.len() {
                 self.process_user(at, user);
@@ -251,6 +252,6 @@ impl App {
                 User::Hmp(None) | User::Qmp(None) | User::Serial(_) => {}
             }
         }
-        self.process_front_ends();
+        self.resumed = true;
     }
 }

@@ -73,6 +73,8 @@ pub struct App {
     keeper: Option<(Arc<KeeperEnd>, cpr_core::Incoming)>,
     /// A monitor that waits for the end of the update.
     suspended: bool,
+    /// It was let go on, and has output or input to be processed.
+    resumed: bool,
     /// QMP events that monitors have not been given yet.
     pending_events: Vec<front_ends::PendingEvent>,
     /// Descriptors in flight that belong to no session while an update is under way.
@@ -97,6 +99,7 @@ impl App {
             terminal: None,
             keeper: None,
             suspended: false,
+            resumed: false,
             pending_events: Vec::new(),
             saved_fds: Vec::new(),
             state_before_update: RunState::Prelaunch,
@@ -175,6 +178,9 @@ impl App {
     }
 
     fn timeout(&self) -> Option<Duration> {
+        if self.resumed {
+            return Some(Duration::ZERO);
+        }
         match (&self.update, &self.keeper) {
             (Some(_), None) => Some(Duration::ZERO),
             // A keeper that was hurried may have stepped down only after it.
