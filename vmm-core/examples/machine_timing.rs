@@ -1,8 +1,9 @@
 //! Times the steps of an update that are this crate's: pause, save, build anew, restore, run.
 //!
-//! `cargo run --release -p vmm-core --example machine_timing [ROUNDS]`. Both machines live in this process and map the
-//! same memfd; the old one is dropped outside the measured time, as the process that keeps it would do. Times are
-//! medians in microseconds; `sum` is from the last exit to the first entry.
+//! `cargo run --release -p vmm-core --example machine_timing [ROUNDS [in-place]]`. First one machine is paused, saved
+//! and run on, with `in-place` nothing else; then the calls that a machine is built of; then updates, where both machines
+//! live in this process and map the same memfd, and the old one is dropped outside the measured time, as the process that
+//! keeps it would do. Every vCPU is busy all the time. Times are in microseconds.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
@@ -20,6 +21,8 @@ use vmm_core::state::MachineState;
 use vmm_core::vcpu::RunObserver;
 
 type Error = Box<dyn std::error::Error>;
+
+const DEADLINE: Duration = Duration::from_secs(1);
 
 /// The payload's way to its mailboxes.
 struct Ram(GuestRam);
@@ -40,27 +43,53 @@ impl SerialSink for Nowhere {
     fn write(&mut self, _bytes: &[u8]) {}
 }
 
-/// From the last vCPU's last exit to the last vCPU's first entry.
+/// When the vCPUs stood still, and when they ran again.
 #[derive(Default)]
 struct Stamps {
+    first_exit: AtomicU64,
     last_exit: AtomicU64,
-    first_run: AtomicU64,
-    first_runs: AtomicUsize,
+    last_run: AtomicU64,
+    runs: AtomicUsize,
+}
+
+impl Stamps {
+    fn reset(&self) {
+        self.first_exit.store(u64::MAX, Ordering::SeqCst);
+        self.last_exit.store(0, Ordering::SeqCst);
+        self.last_run.store(0, Ordering::SeqCst);
+        self.runs.store(0, Ordering::SeqCst);
+    }
+
+    /// Waits until all of `vcpus` have entered the guest, which they do a moment after `run` has told them to; returns
+    /// when the last one did.
+    fn wait_last_run(&self, vcpus: usize) -> u64 {
+        while self.runs.load(Ordering::SeqCst) < vcpus {
+            std::thread::sleep(Duration::from_micros(200));
+        }
+        self.last_run.load(Ordering::SeqCst)
+    }
 }
 
 impl RunObserver for Stamps {
     fn first_run(&self, _vcpu: usize) {
-        self.first_run.fetch_max(monotonic_ns(), Ordering::Relaxed);
-        self.first_runs.fetch_add(1, Ordering::SeqCst);
+        self.last_run.fetch_max(monotonic_ns(), Ordering::SeqCst);
+        self.runs.fetch_add(1, Ordering::SeqCst);
     }
 
     fn last_exit(&self, _vcpu: usize) {
-        self.last_exit.fetch_max(monotonic_ns(), Ordering::Relaxed);
+        let now = monotonic_ns();
+        self.first_exit.fetch_min(now, Ordering::SeqCst);
+        self.last_exit.fetch_max(now, Ordering::SeqCst);
     }
 }
 
 fn main() -> Result<(), Error> {
     let rounds: usize = std::env::args().nth(1).map_or(Ok(40), |n| n.parse())?;
+    in_place(rounds)?;
+    if std::env::args().nth(2).is_some_and(|arg| arg == "in-place") {
+        return Ok(());
+    }
+    println!();
     building_blocks(rounds)?;
     for build_ahead in [false, true] {
         println!();
@@ -175,20 +204,126 @@ fn built_ahead(source: &Machine, backend: &Backend, stamps: &Arc<Stamps>) -> Res
     Ok(target)
 }
 
-fn cycle(vcpus: usize, size: u64, rounds: usize, build_ahead: bool) -> Result<(), Error> {
-    let backend = backend(size)?;
-    let stamps = Arc::new(Stamps::default());
-    let mut old = machine(&backend, vcpus, &stamps)?;
+/// Makes a machine whose vCPUs are all in the payload's beat loop; also returns the way to its mailboxes.
+fn beating(backend: &Backend, vcpus: usize, stamps: &Arc<Stamps>) -> Result<(Machine, Ram), Error> {
+    let machine = machine(backend, vcpus, stamps)?;
     let kernel = KernelImage::BuiltIn { name: "payload", bytes: payload::ELF };
     let cmdline = format!("cpus={vcpus}");
     let request = BootRequest { kernel, initrd: None, cmdline: &cmdline, vcpus };
-    let entry = boot::load(old.ram().memory(), &request)?;
-    old.set_entry(&|regs, sregs| entry.apply(regs, sregs))?;
-    old.run()?;
-    let ram = Ram(GuestRam::map(&backend)?);
+    let entry = boot::load(machine.ram().memory(), &request)?;
+    machine.set_entry(&|regs, sregs| entry.apply(regs, sregs))?;
+    machine.run()?;
+    let ram = Ram(GuestRam::map(backend)?);
     while Header::new(&ram).started() < vcpus as u64 {
         std::thread::sleep(Duration::from_millis(10));
     }
+    Ok((machine, ram))
+}
+
+/// A machine whose vCPUs all beat, and what is known of it.
+struct Beating {
+    machine: Machine,
+    ram: Ram,
+    stamps: Arc<Stamps>,
+}
+
+const IN_PLACE: [&str; 7] = [
+    "pause",
+    "first exit to last exit",
+    "save",
+    "dismiss",
+    "recall",
+    "run to last entry",
+    "first exit to last entry",
+];
+
+/// Times pause, save and run of one machine at a time, with 1 to 8 vCPUs in turns so that all see the same noise. In
+/// every other round the vCPUs' threads end and come back, which the last line leaves out.
+fn in_place(rounds: usize) -> Result<(), Error> {
+    const COUNTS: [usize; 4] = [1, 2, 4, 8];
+    let backends = COUNTS.map(|_| backend(64 << 20));
+    let mut machines = Vec::new();
+    for (vcpus, backend) in COUNTS.into_iter().zip(backends) {
+        let stamps = Arc::new(Stamps::default());
+        let (machine, ram) = beating(&backend?, vcpus, &stamps)?;
+        machine.pause(DEADLINE)?;
+        machines.push(Beating { machine, ram, stamps });
+    }
+    let mut columns = vec![vec![Vec::new(); IN_PLACE.len()]; COUNTS.len()];
+    for round in 0..rounds {
+        for (beating, column) in machines.iter().zip(&mut columns) {
+            for (samples, value) in column.iter_mut().zip(beating.pause_save_run(round % 2 == 1)?) {
+                samples.extend(value);
+            }
+        }
+    }
+    println!("one machine in place, us: median (best, worst) of {rounds} rounds");
+    println!("{:>24} {:>20} {:>20} {:>20} {:>20}", "vCPUs", 1, 2, 4, 8);
+    for (nth, name) in IN_PLACE.iter().enumerate() {
+        print!("{name:>24}");
+        for column in &mut columns {
+            let samples = &mut column[nth];
+            let median = median(samples);
+            let (best, worst) = (samples[0], samples[samples.len() - 1]);
+            print!(" {:>20}", format!("{median:.0} ({best:.0}, {worst:.0})"));
+        }
+        println!();
+    }
+    Ok(())
+}
+
+impl Beating {
+    /// Lets all vCPUs beat, and then times what [`IN_PLACE`] names.
+    fn pause_save_run(&self, new_threads: bool) -> Result<[Option<f64>; IN_PLACE.len()], Error> {
+        let Self { machine, ram, stamps } = self;
+        let vcpus = machine.vcpu_count();
+        let boxes: Vec<_> = (0..vcpus as u32).map(|vcpu| Mailbox::new(ram, vcpu)).collect();
+        let before: Vec<u64> = boxes.iter().map(Mailbox::beats).collect();
+        machine.run()?;
+        while boxes.iter().zip(&before).any(|(mailbox, before)| mailbox.beats() == *before) {
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        std::thread::sleep(Duration::from_millis(10));
+        stamps.reset();
+        let began = Instant::now();
+        machine.pause(DEADLINE)?;
+        let pause = us(began);
+        let saving = Instant::now();
+        machine.save()?;
+        let save = us(saving);
+        let (mut dismiss, mut recall) = (None, None);
+        if new_threads {
+            let dismissing = Instant::now();
+            machine.dismiss_threads()?;
+            dismiss = Some(us(dismissing));
+            let recalling = Instant::now();
+            machine.recall_threads()?;
+            machine.thread_ids()?;
+            recall = Some(us(recalling));
+        }
+        let exits = [&stamps.first_exit, &stamps.last_exit].map(|ns| ns.load(Ordering::SeqCst));
+        let told = monotonic_ns();
+        machine.run()?;
+        let last_run = stamps.wait_last_run(vcpus);
+        machine.pause(DEADLINE)?;
+        let us_between = |from: u64, to: u64| Some((to - from) as f64 / 1e3);
+        let standstill = if new_threads { None } else { us_between(exits[0], last_run) };
+        Ok([
+            Some(pause),
+            us_between(exits[0], exits[1]),
+            Some(save),
+            dismiss,
+            recall,
+            us_between(told, last_run),
+            standstill,
+        ])
+    }
+}
+
+fn cycle(vcpus: usize, size: u64, rounds: usize, build_ahead: bool) -> Result<(), Error> {
+    let backend = backend(size)?;
+    let stamps = Arc::new(Stamps::default());
+    let (mut old, ram) = beating(&backend, vcpus, &stamps)?;
 
     let mut columns: [Vec<f64>; 9] = Default::default();
     let mut bytes = 0;
@@ -199,9 +334,7 @@ fn cycle(vcpus: usize, size: u64, rounds: usize, build_ahead: bool) -> Result<()
         while !mailbox.gap_was_reset(reset) {
             std::thread::sleep(Duration::from_micros(200));
         }
-        stamps.first_run.store(0, Ordering::Relaxed);
-        stamps.first_runs.store(0, Ordering::SeqCst);
-        stamps.last_exit.store(0, Ordering::Relaxed);
+        stamps.reset();
         let ahead = build_ahead.then(|| built_ahead(&old, &backend, &stamps)).transpose()?;
         let mut row = Vec::new();
         let mut lap = Instant::now();
@@ -209,7 +342,7 @@ fn cycle(vcpus: usize, size: u64, rounds: usize, build_ahead: bool) -> Result<()
             row.push(us(lap));
             lap = Instant::now();
         };
-        old.pause(Duration::from_secs(1))?;
+        old.pause(DEADLINE)?;
         step();
         let state = old.save()?;
         step();
@@ -227,11 +360,7 @@ fn cycle(vcpus: usize, size: u64, rounds: usize, build_ahead: bool) -> Result<()
         new.run()?;
         step();
         bytes = wire.len();
-        // The vCPUs enter the guest a moment after `run` has told them to.
-        while stamps.first_runs.load(Ordering::SeqCst) < vcpus {
-            std::thread::sleep(Duration::from_micros(200));
-        }
-        let gap = stamps.first_run.load(Ordering::Relaxed) - stamps.last_exit.load(Ordering::Relaxed);
+        let gap = stamps.wait_last_run(vcpus) - stamps.last_exit.load(Ordering::SeqCst);
         row.push(gap as f64 / 1e3);
         let beats = mailbox.beats();
         while mailbox.beats() == beats {

@@ -74,6 +74,12 @@ pub enum VcpuError {
     /// The vCPU's thread has ended.
     #[error("the vCPU's thread has ended")]
     Gone,
+    /// The vCPU's thread was dismissed, and not recalled.
+    #[error("the vCPU has no thread, it was dismissed")]
+    Dismissed,
+    /// No thread could be started for the vCPU.
+    #[error("cannot start the vCPU's thread")]
+    Thread(#[source] io::Error),
     /// A job that needs a parked vCPU was given to a running one.
     #[error("the vCPU is running")]
     Running,

@@ -151,11 +151,11 @@ impl Machine {
     pub fn preset_cpuid(&self, tables: &[Blob]) -> Result<(), MachineError> {
         self.check_count(tables.len())?;
         self.ready()?;
-        self.vcpus.on_all(|index| {
-            let table = tables[index].clone();
-            Box::new(move |cpu| vcpu::set_cpuid(&cpu.vcpu, &mut cpu.cpuid, &table))
-        })?;
-        *lock(&self.cpuid) = Some(tables.into());
+        let tables: Arc<[Blob]> = tables.into();
+        let given = Arc::clone(&tables);
+        self.vcpus
+            .on_all(Box::new(move |cpu| vcpu::set_cpuid(&cpu.vcpu, &mut cpu.cpuid, &given[cpu.index])))?;
+        *lock(&self.cpuid) = Some(tables);
         Ok(())
     }
 
@@ -165,12 +165,13 @@ impl Machine {
         lock(&self.cpuid).clone()
     }
 
-    /// Lets the vCPUs run, or run again.
+    /// Lets the vCPUs run, or run again. Threads that were dismissed are recalled.
     ///
     /// # Errors
-    /// A vCPU that does not exist any more.
+    /// A vCPU that does not exist any more, or has no thread and gets none.
     pub fn run(&self) -> Result<(), MachineError> {
         self.ready()?;
+        self.vcpus.recall_threads()?;
         self.vcpus.resume()
     }
 
@@ -182,6 +183,26 @@ impl Machine {
         self.vcpus.pause(deadline)
     }
 
+    /// Ends the threads of a paused machine's vCPUs and returns when they are gone. The vCPUs stay as they are: the
+    /// machine can be saved without threads, and dropped. For an owner whose process is about to lose its threads, by an
+    /// exec, while the memory and the descriptors live on in another one. Harmless when there are none.
+    ///
+    /// # Errors
+    /// A vCPU that runs; then all threads stay.
+    pub fn dismiss_threads(&self) -> Result<(), MachineError> {
+        self.vcpus.dismiss_threads()
+    }
+
+    /// Starts a thread for each vCPU that has none, in the calling process, which must be the one of
+    /// [`Machine::dismiss_threads`] or share its memory and have its descriptors. [`Machine::run`] does this by itself;
+    /// done before, it is out of the guest's way.
+    ///
+    /// # Errors
+    /// The vCPU for which no thread could be started. Those before it have theirs; a further call goes on with it.
+    pub fn recall_threads(&self) -> Result<(), MachineError> {
+        self.vcpus.recall_threads()
+    }
+
     /// Saves the state of a paused machine. The machine can run on afterwards.
     ///
     /// # Errors
@@ -189,7 +210,7 @@ impl Machine {
     pub fn save(&self) -> Result<MachineState, MachineError> {
         self.ready()?;
         let list = self.msr_list()?;
-        let saving = self.start_saving(&list)?;
+        let saving = self.start_saving(&list);
         let vm = vm_state::save(&self.vm, lock(&self.routes).clone());
         let (serial, platform) = (self.serial.save(), self.rtc.save());
         Ok(MachineState { vcpus: saving.wait()?, vm: vm?, serial, platform })
@@ -204,7 +225,7 @@ impl Machine {
         self.check_count(state.vcpus.len())?;
         let restoring = self.start_restoring(&state.vcpus);
         let around = self.ensure_pit().and_then(|()| self.restore_around_vcpus(state));
-        let restored = restoring.and_then(vcpu::Pending::wait);
+        let restored = restoring.wait();
         // A vCPU that could not be created has done no work either; the reason is the first of the two.
         self.ready()?;
         restored?;
@@ -232,7 +253,7 @@ impl Machine {
         let cpuid = self.cpuid().unwrap_or_else(|| vec![Blob::default(); self.vcpus.count()].into());
         let (vcpus, vm) = self.pristine(&cpuid)?;
         vm_state::restore_before_vcpus(&self.vm, &vm)?;
-        self.start_restoring(&vcpus)?.wait()?;
+        self.start_restoring(&vcpus).wait()?;
         vm_state::restore_after_vcpus(&self.vm, &vm)?;
         self.serial.reset();
         self.rtc.restore(&PlatformState::default());
@@ -274,7 +295,7 @@ impl Machine {
     /// Returns the kernel's ids of the vCPU threads, in order of the vCPUs.
     ///
     /// # Errors
-    /// The vCPU that could not be created.
+    /// The vCPU that could not be created, or has no thread.
     pub fn thread_ids(&self) -> Result<Vec<u32>, MachineError> {
         self.vcpus.thread_ids()
     }
@@ -364,24 +385,22 @@ impl Machine {
         Ok(Arc::clone(known.insert(list.into())))
     }
 
-    fn start_saving(&self, list: &Arc<[u32]>) -> Result<vcpu::Pending<VcpuState>, MachineError> {
-        self.vcpus.start_on_all(|_| {
-            let list = Arc::clone(list);
-            Box::new(move |cpu| {
-                let cpuid = cpu.cpuid.clone().unwrap_or_default();
-                vcpu::save(&cpu.vcpu, cpu.index as u32, &cpu.caps, &cpuid, &list)
-            })
-        })
+    fn start_saving(&self, list: &Arc<[u32]>) -> vcpu::Pending<VcpuState> {
+        let list = Arc::clone(list);
+        self.vcpus.start_on_all(Box::new(move |cpu| {
+            let cpuid = cpu.cpuid.clone().unwrap_or_default();
+            vcpu::save(&cpu.vcpu, cpu.index as u32, &cpu.caps, &cpuid, &list)
+        }))
     }
 
-    fn start_restoring(&self, states: &[VcpuState]) -> Result<vcpu::Pending<()>, MachineError> {
-        self.vcpus.start_on_all(|index| {
-            let state = states[index].clone();
-            Box::new(move |cpu| vcpu::restore(&cpu.vcpu, &cpu.caps, &mut cpu.cpuid, &state))
-        })
+    fn start_restoring(&self, states: &[VcpuState]) -> vcpu::Pending<()> {
+        let states: Arc<[VcpuState]> = states.into();
+        self.vcpus.start_on_all(Box::new(move |cpu| {
+            vcpu::restore(&cpu.vcpu, &cpu.caps, &mut cpu.cpuid, &states[cpu.index])
+        }))
     }
 
-    /// What the owner's thread restores while the vCPUs' threads restore theirs.
+    /// What is restored while the vCPUs' threads begin with the vCPUs.
     fn restore_around_vcpus(&self, state: &MachineState) -> Result<(), MachineError> {
         vcpu::restore_step!("gsi-routes", {
             if !state.vm.gsi_routes.is_empty() {

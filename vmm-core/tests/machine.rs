@@ -418,6 +418,142 @@ fn observers_see_each_pause_from_both_sides() {
     }
 }
 
+fn is_thread(id: u32) -> bool {
+    std::path::Path::new(&format!("/proc/self/task/{id}")).exists()
+}
+
+#[test]
+fn threads_leave_and_come_back_while_their_vcpus_stay() {
+    if !have_kvm("threads_leave_and_come_back_while_their_vcpus_stay") {
+        return;
+    }
+    const VCPUS: usize = 3;
+    let backend = backend(64 * MIB);
+    let observing = GuestRam::map(&backend).unwrap();
+    let words = Words(&observing);
+    let (machine, _) = machine(&backend, VCPUS);
+    let kernel = KernelImage::BuiltIn { name: "payload", bytes: payload::ELF };
+    let request = BootRequest { kernel, initrd: None, cmdline: "cpus=3", vcpus: VCPUS };
+    let entry = boot::load(machine.ram().memory(), &request).unwrap();
+    machine.set_entry(&|regs, sregs| entry.apply(regs, sregs)).unwrap();
+    machine.run().unwrap();
+    wait_for("all vCPUs in ring 3", || Header::new(&words).started() == VCPUS as u64);
+    let boxes: Vec<_> = (0..VCPUS as u32).map(|vcpu| Mailbox::new(&words, vcpu)).collect();
+    let beats = || boxes.iter().map(Mailbox::beats).collect::<Vec<_>>();
+    let fds = machine.kvm_fds().unwrap();
+    for round in 0..10 {
+        machine.pause(DEADLINE).unwrap();
+        let before = machine.save().unwrap();
+        let counted = beats();
+        let old = machine.thread_ids().unwrap();
+        assert!(old.len() == VCPUS && old.iter().all(|&id| is_thread(id)));
+        machine.dismiss_threads().unwrap();
+        machine.dismiss_threads().unwrap();
+        // The kernel forgets a thread a moment after it can be joined.
+        wait_for("the end of the threads", || !old.iter().any(|&id| is_thread(id)));
+        let error = machine.thread_ids().unwrap_err();
+        assert!(matches!(error, MachineError::Vcpu { index: 0, source: VcpuError::Dismissed }), "{error:?}");
+        assert!(machine.is_paused());
+        assert_eq!(machine.save().unwrap().vcpus, before.vcpus, "saved without threads");
+        // Every other time it is left to `run`.
+        if round % 2 == 0 {
+            machine.recall_threads().unwrap();
+            machine.recall_threads().unwrap();
+            let new = machine.thread_ids().unwrap();
+            assert!(new.len() == VCPUS && new.iter().all(|&id| is_thread(id) && !old.contains(&id)));
+            assert_eq!(machine.save().unwrap().vcpus, before.vcpus, "saved after the threads came back");
+        }
+        assert_eq!(beats(), counted);
+        machine.run().unwrap();
+        wait_for("beats with new threads", || beats().iter().zip(&counted).all(|(now, before)| now > before));
+    }
+    assert_eq!(machine.kvm_fds().unwrap(), fds, "no vCPU was made anew");
+    for mailbox in &boxes {
+        assert_eq!(mailbox.read(payload::field::TSC_BACKWARDS), 0);
+    }
+}
+
+#[test]
+fn a_machine_without_threads_can_be_restored_and_dropped() {
+    if !have_kvm("a_machine_without_threads_can_be_restored_and_dropped") {
+        return;
+    }
+    let backend = backend(64 * MIB);
+    let (source, _) = start(&backend, 2, COUNT);
+    wait_for_beats(&source, 2);
+    source.pause(DEADLINE).unwrap();
+    let state = source.save().unwrap();
+    source.dismiss_threads().unwrap();
+    // Each vCPU keeps the VM.
+    let vm = Arc::downgrade(source.vm());
+    drop(source);
+    assert!(vm.upgrade().is_none());
+
+    let (target, _) = machine(&adopt(&backend), 2);
+    target.dismiss_threads().unwrap();
+    target.restore(&state).unwrap();
+    target.run().unwrap();
+    wait_for_beats(&target, 2);
+    target.pause(DEADLINE).unwrap();
+    target.pause(DEADLINE).unwrap();
+}
+
+#[test]
+fn a_running_machine_keeps_its_threads() {
+    if !have_kvm("a_running_machine_keeps_its_threads") {
+        return;
+    }
+    let backend = backend(64 * MIB);
+    let (machine, _) = start(&backend, 2, COUNT);
+    let error = machine.dismiss_threads().unwrap_err();
+    assert!(matches!(error, MachineError::Vcpu { source: VcpuError::Running, .. }), "{error}");
+    assert_eq!(machine.thread_ids().unwrap().len(), 2);
+    wait_for_beats(&machine, 2);
+}
+
+#[test]
+fn a_vcpu_that_a_device_holds_up_holds_up_no_other() {
+    if !have_kvm("a_vcpu_that_a_device_holds_up_holds_up_no_other") {
+        return;
+    }
+    struct Gate(std::sync::Mutex<()>);
+    impl vmm_core::ports::PortDevice for Gate {
+        fn read(&self, _: u16, _: &mut [u8]) {}
+        fn write(&self, _: u16, _: &[u8]) {
+            drop(self.0.lock().unwrap());
+        }
+    }
+    const VCPUS: usize = 5;
+    // After it has started the others, the first vCPU writes to a port and counts its writes.
+    let (starting, _counting) = COUNT.split_at(COUNT.len() - 9);
+    #[rustfmt::skip]
+    let writing = [
+        0x66, 0xba, 0x80, 0x06,                                 //     mov dx, 0x680
+        0x46,                                                   // 2:  inc esi
+        0x89, 0x35, 0x00, 0x20, 0x00, 0x00,                     //     mov [0x2000], esi
+        0xee,                                                   //     out dx, al
+        0xeb, 0xf6,                                             //     jmp 2b
+    ];
+    let backend = backend(64 * MIB);
+    let (machine, _) = machine(&backend, VCPUS);
+    let gate = Arc::new(Gate(std::sync::Mutex::new(())));
+    machine.ports().insert(0x680, 1, "gate", gate.clone()).unwrap();
+    load(&machine, &[starting, &writing[..]].concat());
+    machine.set_entry(&flat).unwrap();
+    machine.run().unwrap();
+    wait_for_beats(&machine, VCPUS);
+    machine.pause(DEADLINE).unwrap();
+    let held = gate.0.lock().unwrap();
+    machine.run().unwrap();
+    let before: Vec<u32> = (1..VCPUS).map(|vcpu| counter(&machine, vcpu)).collect();
+    wait_for("the others' counting", || (1..VCPUS).all(|vcpu| counter(&machine, vcpu) > before[vcpu - 1]));
+    // Long enough for more than the first turn of each.
+    let before: Vec<u32> = (1..VCPUS).map(|vcpu| counter(&machine, vcpu)).collect();
+    wait_for("that they go on", || (1..VCPUS).all(|vcpu| counter(&machine, vcpu) > before[vcpu - 1]));
+    drop(held);
+    wait_for_beats(&machine, VCPUS);
+}
+
 #[test]
 fn power_events_reach_the_owner() {
     if !have_kvm("power_events_reach_the_owner") {

@@ -1,23 +1,37 @@
 //! vCPUs: their threads, what they do between two exits, and their state.
 //!
-//! Each vCPU has one thread ("vcpu0" and so on), which creates it, runs it, and makes every call on it: KVM is quick only
-//! for the thread that used a vCPU last, and all vCPUs are saved and restored at the same time. A vCPU is parked
-//! (nothing but the jobs it is given) or running; the diagram is at [`Vcpus`]. The order in which state is read and
-//! set is in `registers.rs`, with the reasons.
+//! Each vCPU has one thread ("vcpu0" and so on), which creates it and runs it. A vCPU is parked or running; the
+//! diagram is at [`Vcpus`]. A parked one takes jobs from any thread, and does without its own.
+//!
+//! | What | Where |
+//! |---|---|
+//! | the owner's side: resume, pause, jobs, threads that go and come back | `vcpus.rs` |
+//! | the thread's side: the guest's exits | `thread.rs`, `failure.rs` |
+//! | what both share, and the stop protocol | `slot.rs` |
+//! | quick resume of many vCPUs on few CPUs | `turns.rs` |
+//! | one job for all vCPUs | `jobs.rs` |
+//! | the order in which state is read and set, and why | `registers.rs`, `msrs.rs`, `cpuid.rs` |
 
 mod cpuid;
 mod event;
+mod failure;
+mod jobs;
 mod msrs;
 mod registers;
-mod threads;
+mod slot;
+mod thread;
+mod turns;
+mod vcpus;
 
 pub use event::{EventQueue, EventSender, VcpuEvent, event_queue};
-pub use threads::{NoObserver, RunObserver, Vcpus};
+pub use thread::{NoObserver, RunObserver};
+pub use vcpus::Vcpus;
 
 pub(crate) use cpuid::host_cpuid;
+pub(crate) use jobs::Pending;
 pub(crate) use msrs::{IA32_TSC, learn_list as learn_msr_list};
 pub(crate) use registers::{entry_registers, restore, save, set_cpuid, set_entry_registers};
-pub(crate) use threads::{Environment, Pending};
+pub(crate) use thread::Environment;
 
 pub use crate::error::VcpuError;
 

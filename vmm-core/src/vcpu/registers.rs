@@ -12,7 +12,7 @@
 //! 5. LAPIC: after the APIC base, before the MSRs, or the TSC deadline among them is lost.
 //! 6. MSRs, nested state, and the events last.
 //!
-//! All of it runs on the vCPU's own thread, with the vCPU parked. A vCPU parks only after `KVM_RUN` was interrupted,
+//! All of it needs a parked vCPU. A vCPU parks only after `KVM_RUN` was interrupted,
 //! so an I/O instruction that it left half-done is complete by then.
 
 use std::io;

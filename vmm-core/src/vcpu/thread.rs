@@ -1,0 +1,176 @@
+//! A vCPU's thread: makes the vCPU, runs the guest in it, answers its exits.
+
+use std::sync::Arc;
+
+use oslib::signals::{self, SignalMask, ThreadId};
+
+use super::event::EventSender;
+use super::failure::Failure;
+use super::slot::{Cpu, Request, Slot, kick_signal};
+use super::turns::{TURN_SIGNAL, Turn, TurnTimer};
+use super::{VcpuError, registers};
+use crate::error::KvmError;
+use crate::kvm::{Capabilities, Exit, Vm};
+use crate::ports::{MmioBus, PortBus};
+
+/// Told of the two instants between which the guest stands still. Called on the vCPU's thread, on the way in and out
+/// of the guest: an implementation stores a time and returns.
+pub trait RunObserver: Send + Sync {
+    /// Called immediately before the first `KVM_RUN` after every resume.
+    fn first_run(&self, vcpu: usize);
+
+    /// Called immediately after the last `KVM_RUN` that ran the guest before a pause.
+    fn last_exit(&self, vcpu: usize);
+}
+
+/// An observer that does not look.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct NoObserver;
+
+impl RunObserver for NoObserver {
+    fn first_run(&self, _vcpu: usize) {}
+    fn last_exit(&self, _vcpu: usize) {}
+}
+
+/// What a running vCPU talks to.
+#[derive(Clone)]
+pub(crate) struct Environment {
+    pub(crate) ports: Arc<PortBus>,
+    pub(crate) mmio: Arc<MmioBus>,
+    pub(crate) events: EventSender,
+    pub(crate) observer: Arc<dyn RunObserver>,
+    pub(crate) caps: Capabilities,
+}
+
+/// Signals that a vCPU thread lets through: the kick, the end of its turn, and those that tell of its own mistakes.
+fn thread_mask() -> SignalMask {
+    const FAULTS: [i32; 7] =
+        [libc::SIGSEGV, libc::SIGBUS, libc::SIGILL, libc::SIGFPE, libc::SIGABRT, libc::SIGTRAP, libc::SIGSYS];
+    let own = SignalMask::ALL.without(kick_signal()).without(TURN_SIGNAL as i32);
+    FAULTS.into_iter().fold(own, SignalMask::without)
+}
+
+pub(super) struct VcpuThread {
+    pub(super) slot: Arc<Slot>,
+    pub(super) vm: Arc<Vm>,
+    pub(super) environment: Environment,
+}
+
+/// Tells the owner of a thread that ends without having been told to.
+struct Ending<'a> {
+    slot: &'a Slot,
+    told: bool,
+}
+
+impl Drop for Ending<'_> {
+    fn drop(&mut self) {
+        if !self.told {
+            self.slot.lose();
+        }
+    }
+}
+
+impl VcpuThread {
+    pub(super) fn run(self) {
+        let slot = &*self.slot;
+        let mut ending = Ending { slot, told: false };
+        if let Err(error) = self.start() {
+            slot.fail(error);
+            return;
+        }
+        let mut timer = TurnTimer::default();
+        loop {
+            match slot.next_request() {
+                Request::Job(job) => job(),
+                Request::Run(mut cpu, turn) => {
+                    self.run_guest(&mut cpu, turn, &mut timer);
+                    slot.park(cpu);
+                }
+                Request::Quit => {
+                    ending.told = true;
+                    return;
+                }
+            }
+        }
+    }
+
+    fn start(&self) -> Result<(), VcpuError> {
+        // After an exec every signal is blocked, the kick among them; before one, SIGTERM is the main loop's affair.
+        signals::set_mask(thread_mask())
+            .map_err(|source| KvmError { call: "pthread_sigmask of a vCPU thread", source })?;
+        self.slot.introduce(ThreadId::current());
+        if self.slot.lacks_vcpu() { self.create() } else { Ok(()) }
+    }
+
+    fn create(&self) -> Result<(), VcpuError> {
+        let mut vcpu = self.vm.create_vcpu(self.slot.index as u32)?;
+        let immediate_exit = vcpu.immediate_exit()?;
+        // The first KVM_RUN of a VM does work that is done once (it starts a kernel thread, for one). Done here, it
+        // is out of the way of the restore; with this flag it runs no instruction and changes no state.
+        immediate_exit.set(true);
+        vcpu.run()?;
+        immediate_exit.set(false);
+        let cpu = Cpu { index: self.slot.index, vcpu, caps: self.environment.caps, cpuid: None };
+        self.slot.put_new(cpu, immediate_exit);
+        Ok(())
+    }
+
+    /// Runs the guest until a stop is requested or the vCPU fails.
+    ///
+    /// A stop is obeyed only where `KVM_RUN` was interrupted. After an exit that needs an answer the vCPU always enters
+    /// once more, with `immediate_exit` set if it is to stop: that completes the instruction.
+    fn run_guest(&self, cpu: &mut Cpu, mut turn: Option<Turn>, timer: &mut TurnTimer) {
+        let Environment { ports, mmio, observer, events, .. } = &self.environment;
+        let slot = &*self.slot;
+        if slot.take_tell_paused()
+            && cpu.caps.kvmclock_ctrl
+            && let Err(error) = registers::notify_paused(&cpu.vcpu)
+        {
+            tracing::warn!(vcpu = slot.index, %error, "cannot tell the guest that it stood still");
+        }
+        if !slot.allow_guest() {
+            return;
+        }
+        if turn.is_some() {
+            timer.start();
+        }
+        observer.first_run(slot.index);
+        let mut told = false;
+        let failure = loop {
+            let exit = cpu.vcpu.run();
+            let stop = slot.stop_requested();
+            if stop && !told {
+                observer.last_exit(slot.index);
+                slot.set_immediate_exit(true);
+            }
+            told = stop;
+            if let Some(turn) = &mut turn {
+                timer.stop();
+                turn.end();
+            }
+            match exit {
+                Ok(Exit::Interrupted) if stop => return,
+                Ok(Exit::Interrupted) => {
+                    slot.allow_guest();
+                }
+                Ok(Exit::PortIn { port, size, data }) => {
+                    data.chunks_mut(size.max(1)).for_each(|unit| ports.read(port, unit));
+                }
+                Ok(Exit::PortOut { port, size, data }) => {
+                    data.chunks(size.max(1)).for_each(|unit| ports.write(port, unit));
+                }
+                Ok(Exit::MmioRead { address, data }) => mmio.read(address, data),
+                Ok(Exit::MmioWrite { address, data }) => mmio.write(address, data),
+                Ok(other) => break Failure::from(other),
+                Err(error) => break Failure::Run(error.source),
+            }
+            if let Some(turn) = turn.take() {
+                turn.wait_for_others();
+            }
+        };
+        if !told {
+            observer.last_exit(slot.index);
+        }
+        events.send(failure.into_event(cpu));
+    }
+}

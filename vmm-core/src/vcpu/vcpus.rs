@@ -1,0 +1,236 @@
+//! The vCPUs as the machine's owner sees them: stopped, given work, and started again, all of them at a time.
+
+use std::os::fd::RawFd;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use oslib::signals;
+
+use super::VcpuError;
+use super::jobs::{EachJob, Pending};
+use super::slot::{Cpu, RunningCount, Slot, kick_signal};
+use super::thread::{Environment, VcpuThread};
+use super::turns::{TURN_SIGNAL, Turns};
+use crate::error::MachineError;
+use crate::kvm::Vm;
+
+/// A vCPU that has not parked after this long is kicked once more. One kick is enough by construction; this is the
+/// belt to those braces.
+const KICK_AGAIN: Duration = Duration::from_millis(2);
+
+/// A vCPU thread needs little stack of its own; what its devices need on top is their writers' guess.
+const STACK_LEN: usize = 512 * 1024;
+
+/// The vCPUs of one machine.
+///
+/// ```text
+///                    run                          stop seen, or the vCPU failed
+///   Parked ------------------------> Running -----------------------------------> Parked
+///     |  ^
+///     |  '-- jobs (create, save, restore, ...), one after the other
+///     |
+///     '----> threads dismissed ----> threads recalled: Parked
+/// ```
+///
+/// A parked vCPU needs no thread but to run. An exec ends all threads where they stand, so before one the vCPUs are
+/// parked; whoever takes this memory into another process dismisses their threads, and recalls them there.
+pub struct Vcpus {
+    slots: Arc<[Arc<Slot>]>,
+    running: Arc<RunningCount>,
+    /// Those of the last resume in which vCPUs took turns.
+    turns: Mutex<Arc<Turns>>,
+    vm: Arc<Vm>,
+    environment: Environment,
+}
+
+impl Vcpus {
+    /// Starts a thread for each of `count` vCPUs and has it create its vCPU. Does not wait for that.
+    pub(crate) fn spawn(count: usize, vm: &Arc<Vm>, environment: &Environment) -> Result<Self, MachineError> {
+        let running = Arc::new(RunningCount::default());
+        let slots: Arc<[_]> =
+            (0..count).map(|index| Arc::new(Slot::new(index, Arc::clone(&running)))).collect();
+        let vcpus = Self {
+            turns: Mutex::new(Turns::new(&slots)),
+            slots,
+            running,
+            vm: Arc::clone(vm),
+            environment: environment.clone(),
+        };
+        // A failure half-way drops those that were started.
+        vcpus.recall_threads()?;
+        Ok(vcpus)
+    }
+
+    /// Starts a thread for every vCPU that has none. Does not wait for them to be under way.
+    pub(crate) fn recall_threads(&self) -> Result<(), MachineError> {
+        if self.slots.iter().all(|slot| slot.has_thread()) {
+            return Ok(());
+        }
+        // They belong to the process, which may be another one than last time.
+        for signal in [kick_signal(), TURN_SIGNAL as i32] {
+            signals::install_noop_handler(signal)
+                .map_err(|source| MachineError::Host { what: "the handlers of the vCPU threads", source })?;
+        }
+        self.on_each(|slot| {
+            slot.ensure_thread(|| {
+                let thread = VcpuThread {
+                    slot: Arc::clone(slot),
+                    vm: Arc::clone(&self.vm),
+                    environment: self.environment.clone(),
+                };
+                std::thread::Builder::new()
+                    .name(format!("vcpu{}", slot.index))
+                    .stack_size(STACK_LEN)
+                    .spawn(move || thread.run())
+            })
+        })
+    }
+
+    /// Calls `f` for one vCPU after the other, until one fails.
+    fn on_each(&self, mut f: impl FnMut(&Arc<Slot>) -> Result<(), VcpuError>) -> Result<(), MachineError> {
+        self.slots
+            .iter()
+            .try_for_each(|slot| f(slot).map_err(|source| MachineError::Vcpu { index: slot.index, source }))
+    }
+
+    fn turns(&self) -> MutexGuard<'_, Arc<Turns>> {
+        self.turns.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Returns the number of vCPUs.
+    pub fn count(&self) -> usize {
+        self.slots.len()
+    }
+
+    /// Waits until all vCPUs exist.
+    pub(crate) fn ready(&self) -> Result<(), MachineError> {
+        self.on_each(|slot| slot.wait_made())
+    }
+
+    /// Returns the vCPUs' descriptors.
+    pub(crate) fn fds(&self) -> Result<Vec<RawFd>, MachineError> {
+        self.ready()?;
+        Ok(self.slots.iter().filter_map(|slot| slot.fd()).collect())
+    }
+
+    /// Returns the ids of the threads.
+    pub(crate) fn thread_ids(&self) -> Result<Vec<u32>, MachineError> {
+        self.ready()?;
+        let mut ids = Vec::with_capacity(self.count());
+        self.on_each(|slot| {
+            ids.push(slot.thread_id()?.as_u32());
+            Ok(())
+        })?;
+        Ok(ids)
+    }
+
+    /// Tells whether no vCPU runs.
+    pub fn all_parked(&self) -> bool {
+        self.slots.iter().all(|slot| !slot.is_running())
+    }
+
+    /// Ends the threads of the vCPUs, which must be parked and stay so. Without threads, harmless.
+    pub(crate) fn dismiss_threads(&self) -> Result<(), MachineError> {
+        self.ready()?;
+        self.on_each(|slot| if slot.is_running() { Err(VcpuError::Running) } else { Ok(()) })?;
+        self.slots.iter().for_each(|slot| slot.post_quit());
+        self.slots.iter().for_each(|slot| slot.join());
+        Ok(())
+    }
+
+    /// Lets every parked vCPU run.
+    ///
+    /// # Errors
+    /// The vCPU whose thread has ended.
+    pub fn resume(&self) -> Result<(), MachineError> {
+        let turns = Turns::new(&self.slots);
+        let mut given = Vec::new();
+        if self.count() > 1 && self.count() >= usable_cpus() {
+            given = turns.give_out(self.count());
+            *self.turns() = Arc::clone(&turns);
+        }
+        let posted = self.on_each(|slot| match slot.post_run(given.pop()) {
+            // The turn of one that runs already is over, by being dropped.
+            Err(VcpuError::Running) => Ok(()),
+            result => result,
+        });
+        // Those after a vCPU that failed got none.
+        drop(given);
+        turns.wake_all();
+        posted
+    }
+
+    /// Stops every vCPU, and returns when all are parked.
+    ///
+    /// # Errors
+    /// [`MachineError::PauseTimedOut`] with those that did not stop in time; they go on running, the others
+    /// are parked. `resume` makes it undone.
+    pub fn pause(&self, deadline: Duration) -> Result<(), MachineError> {
+        let until = Instant::now() + deadline;
+        self.slots.iter().for_each(|slot| slot.request_stop());
+        // Those that have had their turns would wait for those that have not.
+        self.turns().cut_short();
+        let remind = || self.slots.iter().for_each(|slot| slot.kick_again());
+        if self.running.wait_none(until, KICK_AGAIN, remind) {
+            return Ok(());
+        }
+        let late: Vec<_> = self.slots.iter().filter(|slot| slot.is_running()).collect();
+        if late.is_empty() {
+            return Ok(());
+        }
+        late.iter().for_each(|slot| slot.withdraw_stop());
+        Err(MachineError::PauseTimedOut { vcpus: late.iter().map(|slot| slot.index).collect(), deadline })
+    }
+
+    /// Has each vCPU tell its guest, before it runs again, that it stood still.
+    pub(crate) fn tell_paused_on_resume(&self) {
+        self.slots.iter().for_each(|slot| slot.tell_paused_on_resume());
+    }
+
+    /// Has a job begun that is done once with each parked vCPU; who waits for the result takes part in it. A vCPU that
+    /// is still being created gets to it afterwards.
+    pub(crate) fn start_on_all<T: Send + 'static>(&self, job: Box<EachJob<T>>) -> Pending<T> {
+        let helpers = usable_cpus().min(self.count()) - 1;
+        Pending::start(&self.slots, helpers, job)
+    }
+
+    /// Does a job with each parked vCPU.
+    pub(crate) fn on_all<T: Send + 'static>(&self, job: Box<EachJob<T>>) -> Result<Vec<T>, MachineError> {
+        self.start_on_all(job).wait()
+    }
+
+    /// Does a job with one parked vCPU.
+    pub(crate) fn on_one<T>(
+        &self,
+        index: usize,
+        job: impl FnOnce(&mut Cpu) -> Result<T, VcpuError>,
+    ) -> Result<T, MachineError> {
+        self.slots[index].with_parked(job).map_err(|source| MachineError::Vcpu { index, source })
+    }
+}
+
+impl Drop for Vcpus {
+    /// Ends the threads. One that does not stop within a second, because a device holds it up, is left behind.
+    fn drop(&mut self) {
+        let _ = self.pause(Duration::from_secs(1));
+        let stopped: Vec<_> = self.slots.iter().filter(|slot| !slot.is_running()).collect();
+        stopped.iter().for_each(|slot| slot.post_quit());
+        stopped.iter().for_each(|slot| slot.join());
+    }
+}
+
+impl std::fmt::Debug for Vcpus {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_list().entries(self.slots.iter()).finish()
+    }
+}
+
+/// Returns on how many CPUs this thread, and so those that it starts, may run; at least one. The C library's answer
+/// takes a microsecond, the standard library's, which looks for control groups, half a hundred.
+fn usable_cpus() -> usize {
+    let allowed = nix::sched::sched_getaffinity(nix::unistd::Pid::from_raw(0));
+    let count = allowed.map_or(0, |set| {
+        (0..nix::sched::CpuSet::count()).filter(|&cpu| set.is_set(cpu).unwrap_or(false)).count()
+    });
+    count.max(1)
+}
