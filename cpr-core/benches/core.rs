@@ -129,7 +129,7 @@ impl Host for Nothing {
         Ok(())
     }
 
-    fn save(&mut self, _: &mut StateWriter) -> Result<(), BoxError> {
+    fn save(&mut self, _: &mut FrameWriter) -> Result<(), BoxError> {
         Ok(())
     }
 

@@ -11,6 +11,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use oslib::shared::{SharedWord, SharedWords};
 
 use crate::ownership::{Epoch, OwnershipWord};
+use crate::rendezvous::Rendezvous;
 use crate::timeline::{Stamp, Timeline};
 
 /// "CPRCTRL" and the layout version.
@@ -20,6 +21,9 @@ const WORD_AT: usize = 1;
 const BOOT_ID_AT: [usize; 2] = [2, 3];
 const EPOCH_AT: usize = 4;
 const KEEPER_AT: usize = 5;
+const TARGET_AT: usize = 6;
+const PROGRESS_AT: usize = 7;
+const OFFER_AT: usize = 8;
 const STAMPS_AT: usize = 16;
 const WORDS: usize = 512;
 
@@ -84,9 +88,13 @@ impl Control {
         OwnershipWord::attach(self.cell(WORD_AT), self.epoch)
     }
 
-    /// The bare word with its mapping, for code that can only compare it, as the keeper.
-    pub fn ownership_cell(&self) -> SharedWord {
-        self.page.word(WORD_AT).expect("the page was checked to have all words")
+    /// Where source and target meet while both are alive.
+    pub fn rendezvous(&self) -> Rendezvous {
+        Rendezvous {
+            target: self.word(TARGET_AT),
+            progress: self.word(PROGRESS_AT),
+            offer: self.word(OFFER_AT),
+        }
     }
 
     /// When what happened.
@@ -102,6 +110,10 @@ impl Control {
     /// Notes the keeper's process id, or that there is none (again).
     pub fn set_keeper_pid(&self, pid: Option<u32>) {
         self.cell(KEEPER_AT).store(pid.map_or(0, u64::from), Ordering::Release);
+    }
+
+    fn word(&self, at: usize) -> SharedWord {
+        self.page.word(at).expect("the page was checked to have all words")
     }
 
     fn cell(&self, at: usize) -> &AtomicU64 {

@@ -4,7 +4,7 @@ use std::time::Instant;
 
 use crate::error::BoxError;
 use crate::frame::{Frame, FrameWriter};
-use crate::mode::TerminalAction;
+use crate::mode::{ModeInfo, TerminalAction};
 
 /// What a region of guest memory is made of, as far as an update that leaves it in place cares.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -45,7 +45,7 @@ pub enum GuestActivity {
     Paused,
 }
 
-/// Takes the sections of the source.
+/// The sections of the source, on their way to a mode.
 #[derive(Debug, Default)]
 pub struct StateWriter {
     /// What the target must know before it creates a device. Small.
@@ -83,11 +83,42 @@ pub trait Host {
     /// The guest could not be started.
     fn resume(&mut self, activity: GuestActivity) -> Result<(), BoxError>;
 
-    /// Writes every component's section, with the guest stopped.
+    /// Writes what the target must know before it creates a device. Small.
+    ///
+    /// Called once per attempt: with the guest stopped, or, in a mode whose target is built alongside, while it runs.
+    ///
+    /// # Errors
+    /// Something cannot travel now; it should name itself.
+    fn save_early(&mut self, mode: &ModeInfo, early: &mut FrameWriter) -> Result<(), BoxError> {
+        let _ = (mode, early);
+        Ok(())
+    }
+
+    /// Writes every component's section, with the guest stopped. A mode that departs calls it twice: the first is a
+    /// rehearsal, after which the guest runs on.
     ///
     /// # Errors
     /// A component cannot be saved now; it should name itself.
-    fn save(&mut self, state: &mut StateWriter) -> Result<(), BoxError>;
+    fn save(&mut self, main: &mut FrameWriter) -> Result<(), BoxError>;
+
+    /// The program is about to leave its process ([`Course::Departing`](crate::Course::Departing)), which ends all threads
+    /// but the loop's. The guest is stopped. Have threads end in good order here, and start them anew in
+    /// [`resume`](Self::resume), which is next: in the other process, or here if the mode failed to leave.
+    ///
+    /// # Errors
+    /// The update is rolled back.
+    fn depart(&mut self) -> Result<(), BoxError> {
+        Ok(())
+    }
+
+    /// The program goes on in another process. What the target has by now must be left alone until the update has failed:
+    /// connections whose state it was given.
+    ///
+    /// # Errors
+    /// The update is rolled back: the target is ended.
+    fn departed(&mut self) -> Result<(), BoxError> {
+        Ok(())
+    }
 
     /// Gives every component its section back, in the target. Take sections out of `main`; those that remain
     /// refuse the update.
@@ -97,11 +128,6 @@ pub trait Host {
     fn load(&mut self, main: &mut Frame) -> Result<(), BoxError>;
 
     /// Keeps `action` until the stack has unwound to the loop, and runs it there as the very last thing: it replaces
-    /// the process. If it comes back, give its error to [`Update::terminal_failed`](crate::Update::terminal_failed).
+    /// the process. If it comes back, give its answer to [`Update::terminal_returned`](crate::Update::terminal_returned).
     fn request_terminal(&mut self, action: TerminalAction);
-
-    /// Descriptors whose last close takes long (KVM's), so that a mode that can keeps them open past the commit.
-    fn slow_to_close(&self) -> Vec<std::os::fd::RawFd> {
-        Vec::new()
-    }
 }

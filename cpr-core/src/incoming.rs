@@ -17,7 +17,7 @@ use crate::notify::{Event, NotifyError, Told};
 use crate::ownership::Lost;
 use crate::registry::{FdEntry, FdPolicy, FdRegistry};
 use crate::timeline::{Report, Stamp};
-use crate::update::{Services, UPDATE_SECTION, UpdateSection, notice};
+use crate::update::{ACTIVITY_SECTION, ActivitySection, Services, UPDATE_SECTION, UpdateSection, notice};
 
 /// What a mode's receiving end found.
 #[derive(Debug)]
@@ -72,7 +72,7 @@ impl Incoming {
             services: services.clone(),
             control: arrival.control,
             early: arrival.early,
-            activity: if update.guest_running { GuestActivity::Running } else { GuestActivity::Paused },
+            activity: GuestActivity::Paused,
             told: Told::default(),
         };
         match incoming.tell_all(Event::Adopt) {
@@ -94,7 +94,7 @@ impl Incoming {
         &mut self.early
     }
 
-    /// Whether the guest is to run after the commit.
+    /// Whether the guest is to run after the commit; known once the state is [loaded](Self::load).
     pub fn activity(&self) -> GuestActivity {
         self.activity
     }
@@ -123,6 +123,8 @@ impl Incoming {
             return Err(IncomingError::OtherUpdate { found: frame.epoch, expected: self.control.epoch() });
         }
         self.control.timeline().stamp(Stamp::Loaded);
+        let activity: ActivitySection = frame.require(ACTIVITY_SECTION, 0)?.decode(1)?;
+        self.activity = if activity.guest_running { GuestActivity::Running } else { GuestActivity::Paused };
         let _span = tracing::info_span!("restore").entered();
         host.load(&mut frame).map_err(IncomingError::Load)?;
         let mut left = self.early.remaining();
@@ -158,6 +160,15 @@ impl Incoming {
         }
         self.tell_all(Event::Running)?;
         Ok(())
+    }
+
+    /// Takes the guest in order to end it, unloaded as it is: the user ended this program before the guest was taken over,
+    /// and the source must not go on with it.
+    ///
+    /// # Errors
+    /// [`IncomingError::RolledBack`]: the source has it back already.
+    pub fn forgo(&self) -> Result<(), IncomingError> {
+        self.control.ownership().commit().map_err(|_| IncomingError::RolledBack)
     }
 
     /// The keeper or source has ended: tells `Released`.

@@ -6,7 +6,8 @@
 //! - [`FdRegistry`] names the descriptors that must survive, [`Notifier`] tells components of each phase,
 //!   [`Blockers`] says why not now, and [`frame`] carries their state.
 //! - [`control`] is the page that source and target share: the [`ownership`] word that makes sure the guest has one
-//!   runner, and the [`timeline`] that measures the true blackout.
+//!   runner, the [`rendezvous`] of a target that is built while the guest runs, and the [`timeline`] that measures the
+//!   true blackout.
 //!
 //! The crate has no KVM, no VM, no event loop, no thread and no async runtime of its own, and refuses to know any
 //! mode by name. Words are those of `docs/architecture.md`; formats are in `docs/state-format.md`.
@@ -22,10 +23,12 @@ mod full {
     pub use crate::host::{Backing, GuestActivity, Host, MemoryRegion, StateWriter};
     pub use crate::incoming::{Arrival, Incoming};
     pub use crate::mode::{
-        CprMode, HandOver, MainSource, ModeId, ModeInfo, ModeSet, Prepared, Properties, TerminalAction, Wait,
+        Course, CprMode, HandOver, Introduced, MainSource, ModeId, ModeInfo, ModeSet, Prepared, Properties,
+        TerminalAction, Wait,
     };
     pub use crate::notify::{Event, Notice, Notifier, NotifyError, OrderClass, Subscription};
     pub use crate::registry::{FdEntry, FdKind, FdPolicy, FdRegistry, FindOrOpenError, RegistryError};
+    pub use crate::rendezvous::{LiveMain, Rendezvous, TargetPhase, Watchdog};
     pub use crate::timeline::{Phase, Report, Stamp, Timeline};
     pub use crate::update::{Attempt, Outcome, Services, Step, Update};
 }
@@ -50,6 +53,8 @@ pub mod mode;
 pub mod notify;
 #[cfg(not(loom))]
 pub mod registry;
+#[cfg(not(loom))]
+pub mod rendezvous;
 #[cfg(not(loom))]
 pub mod timeline;
 #[cfg(not(loom))]

@@ -145,8 +145,8 @@ impl ModeSet {
 /// What the host's loop has to wait for before it steps the update again.
 #[derive(Debug, Clone)]
 pub struct Wait {
-    /// Becomes readable when there is news. `None`: only the deadline counts.
-    pub fd: Option<Arc<OwnedFd>>,
+    /// Each becomes readable when there is news. None: only the deadline counts.
+    pub fds: Vec<Arc<OwnedFd>>,
     /// When to step again at the latest.
     pub deadline: Option<Instant>,
 }
@@ -180,19 +180,51 @@ impl fmt::Debug for HandOver {
     }
 }
 
-/// The last closure of a program image, such as the exec itself; it comes back only with the reason why it failed.
-pub type TerminalAction = Box<dyn FnOnce() -> BoxError + Send>;
+/// How an update runs, declared by its mode.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Course {
+    /// The guest stands still while the target is started and built: it is stopped, everything is saved, and the program
+    /// is gone. Simple, and all that a mode without a second process can do.
+    Halted,
+    /// The program leaves its process to the target and goes on in another one, where it runs the guest until the target is
+    /// built. Two short pauses instead of one long one.
+    Departing,
+    /// The target is another process from its start, and is built while the program runs the guest.
+    Alongside,
+}
+
+/// How the target learnt what it needs to build.
+pub enum Introduced {
+    /// It has it.
+    Done,
+    /// It gets it by this, with the guest stopped: [`Course::Departing`].
+    Terminal(TerminalAction),
+}
+
+impl fmt::Debug for Introduced {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Introduced::Done => "Done",
+            Introduced::Terminal(_) => "Terminal",
+        })
+    }
+}
+
+/// The last closure of a program image in its process, such as the exec itself.
+///
+/// It comes back with the reason why it failed; or, in a mode whose course is [`Course::Departing`], with `Ok` in the other
+/// process that the program goes on in.
+pub type TerminalAction = Box<dyn FnOnce() -> Result<(), BoxError> + Send>;
 
 /// A way to get from source to target.
 ///
 /// [`Update`](crate::Update) calls the methods in this order, each at most once per attempt unless it says
-/// otherwise:
+/// otherwise; the two in parentheses only in modes whose [`course`](Self::course) has them:
 ///
 /// ```text
-/// check ─► prepare (again while Wait) ─► [guest stops, state is saved] ─► hand_over ─► (poll_hand_over …)
-///    │          │                                  │                          │
-///    └ nothing  └────────────── any failure from here on ends in roll_back ───┘
-///      to undo
+/// check ─► prepare (again while Wait) ─► ( introduce ─► await_target (again while Wait) )
+///                                        ─► [guest stops, state is saved] ─► hand_over ─► (poll_hand_over …)
+/// nothing to undo │ any failure from prepare on ends in roll_back
 /// ```
 pub trait CprMode {
     /// The mode's name. Open: pick one that nobody else uses.
@@ -201,21 +233,51 @@ pub trait CprMode {
     /// What the mode promises. Must not change during an attempt.
     fn properties(&self) -> Properties;
 
+    /// How an update in this mode runs. Must not change during an attempt.
+    fn course(&self) -> Course {
+        Course::Halted
+    }
+
     /// Preflight. The guest runs and nothing may be touched.
     ///
     /// # Errors
     /// Whatever already forbids the update: a missing parameter, a program that cannot be executed.
     fn check(&mut self) -> Result<(), BoxError>;
 
-    /// Gets everything ready that needs no stopped guest.
+    /// Gets everything ready that needs no stopped guest and none of its state.
     ///
     /// # Errors
     /// The update is rolled back; the guest never stopped.
     fn prepare(&mut self, attempt: &Attempt<'_>) -> Result<Prepared, BoxError>;
 
-    /// Hands the state to the target, with the guest stopped: writes the registry with the mode's own descriptor
-    /// codec into `state.early`, finishes both frames and sends them on their way. A descriptor that the mode cannot carry is refused
-    /// here at the latest, by name.
+    /// Gives the target what it needs to build: writes the registry with the mode's own descriptor codec into
+    /// `state.early`, finishes that frame and sends it. A descriptor that the mode cannot carry is refused here, by name.
+    ///
+    /// [`Course::Alongside`]: the guest runs, and `state.main` is empty. [`Course::Departing`]: the guest is stopped, and
+    /// `state.main` is a rehearsal: what cannot be saved or written is to be found out while the program still has its
+    /// process. The state that counts comes with [`hand_over`](Self::hand_over).
+    ///
+    /// # Errors
+    /// The update is rolled back and the guest resumes.
+    fn introduce(&mut self, attempt: &Attempt<'_>, state: StateWriter) -> Result<Introduced, BoxError> {
+        let _ = (attempt, state);
+        Ok(Introduced::Done)
+    }
+
+    /// Asks whether the target is ready for the state. The guest runs. Under [`Course::Departing`] this is the first call in
+    /// the other process.
+    ///
+    /// # Errors
+    /// The target failed, is gone, or took too long: the update is rolled back.
+    fn await_target(&mut self, attempt: &Attempt<'_>) -> Result<Prepared, BoxError> {
+        let _ = attempt;
+        Ok(Prepared::Ready)
+    }
+
+    /// Hands the state to the target, with the guest stopped: finishes the main frame and sends it on its way.
+    ///
+    /// Under [`Course::Halted`] this is also where the early frame is finished: see [`introduce`](Self::introduce). Under the
+    /// other courses `state.early` is empty.
     ///
     /// # Errors
     /// The update is rolled back and the guest resumes.
@@ -230,8 +292,8 @@ pub trait CprMode {
         Ok(HandOver::Complete)
     }
 
-    /// Undoes whatever `prepare`, `hand_over` or a failed terminal action left behind. Must not fail: what cannot
-    /// be undone is logged.
+    /// Undoes whatever `prepare`, `hand_over` or a failed terminal action left behind, and ends the target, before the guest
+    /// runs again. Must not fail: what cannot be undone is logged.
     fn roll_back(&mut self, attempt: &Attempt<'_>);
 }
 

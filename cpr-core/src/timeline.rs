@@ -40,6 +40,12 @@ pub enum Stamp {
     LastEntry = 12,
     /// The keeper or source ended.
     Released = 13,
+    /// The first vCPU left the guest because the program is about to leave its process: a first, short pause begins.
+    DepartureExit = 14,
+    /// The last vCPU entered the guest again, in the other process: that pause ends.
+    DepartureEntry = 15,
+    /// The program executed the target, and went on in the other process.
+    Executed = 16,
 }
 
 impl Stamp {
@@ -94,35 +100,47 @@ impl<'a> Timeline<'a> {
     /// What can be said of the update so far.
     pub fn report(&self) -> Report {
         let between = |from, to| Some(self.at_ns(to)?.saturating_sub(self.at_ns(from)?));
-        let phases = PHASES
-            .iter()
-            .filter_map(|&(name, from, to)| Some(Phase { name: name.to_owned(), ns: between(from, to)? }))
-            .collect();
         Report {
             blackout_ns: between(Stamp::FirstExit, Stamp::LastEntry),
+            departure_ns: between(Stamp::DepartureExit, Stamp::DepartureEntry),
             prepare_ns: between(Stamp::Begin, Stamp::StopRequested),
             total_ns: between(Stamp::Begin, Stamp::LastEntry),
-            phases,
+            phases: self.phases().unwrap_or_default(),
         }
+    }
+
+    /// From one moment of the blackout to the next. What happened before it, as the building of a target alongside the
+    /// guest, is no part of it.
+    fn phases(&self) -> Option<Vec<Phase>> {
+        let mut from = self.at_ns(Stamp::FirstExit)?;
+        let mut phases = Vec::new();
+        for (name, to) in PHASES {
+            if let Some(to) = self.at_ns(to).filter(|&to| to >= from) {
+                phases.push(Phase { name: name.to_owned(), ns: to - from });
+                from = to;
+            }
+        }
+        Some(phases)
     }
 }
 
-/// The pieces of the blackout, which add up to it.
-const PHASES: [(&str, Stamp, Stamp); 8] = [
-    ("stop", Stamp::FirstExit, Stamp::Stopped),
-    ("save", Stamp::Stopped, Stamp::Saved),
-    ("hand-over", Stamp::Saved, Stamp::HandedOver),
-    ("start", Stamp::HandedOver, Stamp::TargetStarted),
-    ("build", Stamp::TargetStarted, Stamp::Built),
-    ("load", Stamp::Built, Stamp::Loaded),
-    ("restore", Stamp::Loaded, Stamp::Restored),
-    ("resume", Stamp::Restored, Stamp::LastEntry),
+/// The pieces of the blackout, which add up to it, and the moment at which each ends.
+const PHASES: [(&str, Stamp); 8] = [
+    ("stop", Stamp::Stopped),
+    ("save", Stamp::Saved),
+    ("hand-over", Stamp::HandedOver),
+    ("start", Stamp::TargetStarted),
+    ("build", Stamp::Built),
+    ("load", Stamp::Loaded),
+    ("restore", Stamp::Restored),
+    ("resume", Stamp::LastEntry),
 ];
 
 /// One piece of the blackout.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Phase {
-    /// `stop`, `save`, `hand-over`, `start`, `build`, `load`, `restore` or `resume`.
+    /// `stop`, `save`, `hand-over`, `load`, `restore` or `resume`; and `start` and `build` after the third where the guest
+    /// stands still meanwhile.
     pub name: String,
     /// Nanoseconds.
     pub ns: u64,
@@ -134,6 +152,9 @@ pub struct Report {
     /// From the first vCPU's last exit to the last vCPU's first entry, nanoseconds. `None` when the guest was not
     /// running.
     pub blackout_ns: Option<u64>,
+    /// An earlier pause, in which the program left its process to the target, nanoseconds. `None` in modes that do not
+    /// leave, or when the guest was not running.
+    pub departure_ns: Option<u64>,
     /// From the accepted command to the request to stop, nanoseconds; the guest ran.
     pub prepare_ns: Option<u64>,
     /// From the accepted command to the last vCPU's first entry, nanoseconds.

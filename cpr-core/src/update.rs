@@ -1,18 +1,19 @@
 //! The source's half of an update, as a state machine that the host's own loop steps.
 //!
 //! ```text
-//!  begin ──► Prepare ──► Stop ──► Save ──► HandOver ──► (Terminal | wait) ──► gone
-//!   │ preflight:  └────────┴────────┴──────────┴──────────────┘
-//!   └ nothing was                  any failure
-//!     touched                          ▼
-//!                    word rolled back, mode undone, subscribers told
-//!                    RolledBack in reverse, guest resumed: Finished
+//!            ┌ Alongside: Introduce ─► Await ┐
+//!            ├ Departing: Depart ─► Terminal, then in the keeper: Await ┐
+//!  begin ─► Prepare ─► Halted: ──────────────┴─► Stop ─► Save ─► HandOver ─► (Terminal | wait) ─► gone
+//!   │ preflight:  └────────────────────────────────┴───────┴────────┴──────────────┘
+//!   └ nothing was                              any failure
+//!     touched                                      ▼
+//!                              word rolled back, mode undone, subscribers told
+//!                              RolledBack in reverse, guest resumed: Finished
 //! ```
 //!
 //! It never blocks except in what the mode, the host and the subscribers do themselves.
 
 use std::hash::{BuildHasher, Hasher, RandomState};
-use std::os::fd::RawFd;
 use std::time::{Duration, Instant};
 
 use serde::{Deserialize, Serialize};
@@ -20,9 +21,9 @@ use serde::{Deserialize, Serialize};
 use crate::blocker::{BlockReason, Blockers};
 use crate::control::Control;
 use crate::error::{BoxError, UpdateError};
-use crate::frame::FrameError;
+use crate::frame::{FrameError, FrameWriter};
 use crate::host::{Backing, GuestActivity, Host, StateWriter};
-use crate::mode::{CprMode, HandOver, ModeInfo, Prepared, Properties, Wait};
+use crate::mode::{Course, CprMode, HandOver, Introduced, ModeInfo, Prepared, Properties, Wait};
 use crate::notify::{Event, Notice, Notifier, NotifyError, Told};
 use crate::ownership::{Epoch, Lost, Owner};
 use crate::registry::FdRegistry;
@@ -91,8 +92,6 @@ pub struct Attempt<'a> {
     pub control: &'a Control,
     /// Descriptors that must survive.
     pub registry: &'a FdRegistry,
-    /// See [`Host::slow_to_close`]; empty before hand over.
-    pub slow_to_close: &'a [RawFd],
 }
 
 /// What the loop does next.
@@ -103,7 +102,7 @@ pub enum Step {
     /// Step again after this.
     Wait(Wait),
     /// The host has the terminal action in its slot: run it from the loop. Should it come back, call
-    /// [`Update::terminal_failed`].
+    /// [`Update::terminal_returned`] with its answer.
     Terminal,
     /// It is over.
     Finished(Outcome),
@@ -127,6 +126,11 @@ pub enum Outcome {
 enum State {
     Tell,
     Prepare,
+    Introduce,
+    Depart,
+    /// The terminal action that leaves the process is in the host's slot.
+    Leaving,
+    Await,
     Stop,
     Save,
     HandOver(StateWriter),
@@ -144,18 +148,27 @@ pub struct Update {
     state: State,
     told: Told,
     activity: Option<GuestActivity>,
+    departed: bool,
 }
 
-/// Version 1 of the `cpr-core/update` section.
+/// Version 1 of the early `cpr-core/update` section.
 #[derive(Debug, Serialize, Deserialize)]
 pub(crate) struct UpdateSection {
     pub(crate) mode: String,
     pub(crate) generation: u64,
+}
+
+/// Name of the early section that says which update a frame belongs to.
+pub(crate) const UPDATE_SECTION: &str = "cpr-core/update";
+
+/// Version 1 of the main `cpr-core/activity` section.
+#[derive(Debug, Serialize, Deserialize)]
+pub(crate) struct ActivitySection {
     pub(crate) guest_running: bool,
 }
 
-/// Name of the section that says which update a frame belongs to.
-pub(crate) const UPDATE_SECTION: &str = "cpr-core/update";
+/// Name of the main section that says whether the guest is to run.
+pub(crate) const ACTIVITY_SECTION: &str = "cpr-core/activity";
 
 impl Update {
     /// Preflight, and the start of the attempt. The guest runs; on an error nothing was touched.
@@ -185,6 +198,7 @@ impl Update {
             state: State::Tell,
             told: Told::default(),
             activity: None,
+            departed: false,
         })
     }
 
@@ -201,6 +215,11 @@ impl Update {
     /// Whether the guest was asked to stop, and was not resumed here since.
     pub fn has_stopped_guest(&self) -> bool {
         self.activity.is_some()
+    }
+
+    /// Whether the program has left its process: from then on it is the keeper of the old image.
+    pub fn has_departed(&self) -> bool {
+        self.departed
     }
 
     /// Goes one phase further. Once it has answered [`Step::Finished`], this and the other ways to end an update
@@ -224,25 +243,43 @@ impl Update {
             State::Prepare => {
                 let _span = tracing::info_span!("prepare", mode = %self.info.id).entered();
                 self.state = State::Prepare;
-                let attempt = attempt(&self.control, &self.services, &[]);
-                let prepared = self.mode.prepare(&attempt);
-                match prepared
-                    .map_err(|source| UpdateError::Prepare { mode: self.info.id.clone(), source })?
-                {
-                    Prepared::Wait(wait) => Ok(Step::Wait(wait)),
-                    Prepared::Ready => {
-                        self.state = State::Stop;
-                        Ok(Step::Again)
-                    }
-                }
+                let prepared = self.mode.prepare(&attempt(&self.control, &self.services));
+                self.after_prepare(
+                    prepared,
+                    match self.mode.course() {
+                        Course::Halted => State::Stop,
+                        Course::Departing => State::Depart,
+                        Course::Alongside => State::Introduce,
+                    },
+                )
+            }
+            State::Introduce => {
+                let _span = tracing::info_span!("introduce").entered();
+                let early = self.early_frame(host)?;
+                let state = StateWriter { early, main: FrameWriter::default() };
+                self.introduce(host, state)
+            }
+            State::Depart => {
+                let _span = tracing::info_span!("depart").entered();
+                self.stop_guest(host)?;
+                let state = StateWriter { main: self.main_frame(host)?, early: self.early_frame(host)? };
+                host.depart().map_err(UpdateError::Stop)?;
+                self.introduce(host, state)
+            }
+            State::Leaving => {
+                self.state = State::Leaving;
+                Ok(Step::Terminal)
+            }
+            State::Await => {
+                let _span = tracing::info_span!("await-target").entered();
+                self.state = State::Await;
+                let prepared = self.mode.await_target(&attempt(&self.control, &self.services));
+                self.after_prepare(prepared, State::Stop)
             }
             State::Stop => {
                 let _span = tracing::info_span!("stop").entered();
                 self.control.timeline().stamp(Stamp::StopRequested);
-                // Before the call: a host that fails half-way has stopped something, and must be resumed.
-                self.activity = Some(host.activity());
-                let deadline = Instant::now() + self.services.stop_timeout;
-                self.activity = Some(host.stop(deadline).map_err(UpdateError::Stop)?);
+                self.stop_guest(host)?;
                 self.tell_again(Event::Stopped)?;
                 self.control.timeline().stamp(Stamp::Stopped);
                 self.state = State::Save;
@@ -250,9 +287,12 @@ impl Update {
             }
             State::Save => {
                 let _span = tracing::info_span!("save").entered();
-                let mut state = StateWriter::default();
-                host.save(&mut state).map_err(UpdateError::Save)?;
-                self.put_update_section(&mut state).map_err(|error| UpdateError::Save(error.into()))?;
+                let main = self.main_frame(host)?;
+                let early = match self.mode.course() {
+                    Course::Halted => self.early_frame(host)?,
+                    Course::Departing | Course::Alongside => FrameWriter::default(),
+                };
+                let state = StateWriter { early, main };
                 self.tell_again(Event::HandOver)?;
                 self.control.timeline().stamp(Stamp::Saved);
                 self.state = State::HandOver(state);
@@ -260,13 +300,12 @@ impl Update {
             }
             State::HandOver(state) => {
                 let _span = tracing::info_span!("hand-over").entered();
-                let slow = host.slow_to_close();
-                let attempt = attempt(&self.control, &self.services, &slow);
+                let attempt = attempt(&self.control, &self.services);
                 let next = self.mode.hand_over(&attempt, state);
                 self.after_hand_over(host, next)
             }
             State::Polling => {
-                let attempt = attempt(&self.control, &self.services, &[]);
+                let attempt = attempt(&self.control, &self.services);
                 let next = self.mode.poll_hand_over(&attempt);
                 self.after_hand_over(host, next)
             }
@@ -297,13 +336,86 @@ impl Update {
         }
     }
 
-    /// The terminal action came back: takes the guest back.
-    pub fn terminal_failed(&mut self, host: &mut dyn Host, error: BoxError) -> Outcome {
-        if self.is_over() {
-            return over();
+    /// Stops the guest, and remembers what to resume.
+    fn stop_guest(&mut self, host: &mut dyn Host) -> Result<(), UpdateError> {
+        // Before the call: a host that fails half-way has stopped something, and must be resumed.
+        self.activity = Some(host.activity());
+        let deadline = Instant::now() + self.services.stop_timeout;
+        self.activity = Some(host.stop(deadline).map_err(UpdateError::Stop)?);
+        Ok(())
+    }
+
+    fn early_frame(&self, host: &mut dyn Host) -> Result<FrameWriter, UpdateError> {
+        let mut early = FrameWriter::default();
+        host.save_early(&self.info, &mut early).map_err(UpdateError::Save)?;
+        let section = UpdateSection { mode: self.info.id.to_string(), generation: self.services.generation };
+        early.put_value(UPDATE_SECTION, 0, 1, &section).map_err(save_error)?;
+        Ok(early)
+    }
+
+    fn main_frame(&self, host: &mut dyn Host) -> Result<FrameWriter, UpdateError> {
+        let mut main = FrameWriter::default();
+        host.save(&mut main).map_err(UpdateError::Save)?;
+        let section = ActivitySection { guest_running: self.activity == Some(GuestActivity::Running) };
+        main.put_value(ACTIVITY_SECTION, 0, 1, &section).map_err(save_error)?;
+        Ok(main)
+    }
+
+    fn after_prepare(
+        &mut self,
+        prepared: Result<Prepared, BoxError>,
+        next: State,
+    ) -> Result<Step, UpdateError> {
+        match prepared.map_err(|source| self.prepare_error(source))? {
+            Prepared::Wait(wait) => Ok(Step::Wait(wait)),
+            Prepared::Ready => {
+                self.state = next;
+                Ok(Step::Again)
+            }
         }
-        let error = self.hand_over_error(error);
-        self.fail(host, error)
+    }
+
+    fn introduce(&mut self, host: &mut dyn Host, state: StateWriter) -> Result<Step, UpdateError> {
+        let introduced = self.mode.introduce(&attempt(&self.control, &self.services), state);
+        match introduced.map_err(|source| self.prepare_error(source))? {
+            Introduced::Done => {
+                self.state = State::Await;
+                Ok(Step::Again)
+            }
+            Introduced::Terminal(action) => {
+                host.request_terminal(action);
+                self.state = State::Leaving;
+                Ok(Step::Terminal)
+            }
+        }
+    }
+
+    /// The terminal action came back with `answer`. An error: the guest is taken back. `Ok`: the program goes on in another
+    /// process, and so does this update.
+    pub fn terminal_returned(&mut self, host: &mut dyn Host, answer: Result<(), BoxError>) -> Step {
+        match (answer, &self.state) {
+            (_, State::Finished) => Step::Finished(over()),
+            (Ok(()), State::Leaving) => match self.arrive(host) {
+                Ok(()) => Step::Again,
+                Err(error) => Step::Finished(self.fail(host, error)),
+            },
+            (answer, _) => {
+                let source = answer.err().unwrap_or_else(|| "the terminal action returned".into());
+                let error = self.hand_over_error(source);
+                Step::Finished(self.fail(host, error))
+            }
+        }
+    }
+
+    /// In the other process: runs the guest until the target is ready.
+    fn arrive(&mut self, host: &mut dyn Host) -> Result<(), UpdateError> {
+        self.departed = true;
+        self.state = State::Await;
+        host.departed().map_err(|source| self.hand_over_error(source))?;
+        if let Some(activity) = self.activity.take() {
+            host.resume(activity).map_err(|source| self.hand_over_error(source))?;
+        }
+        Ok(())
     }
 
     /// Ends the attempt at the user's wish. [`Outcome::HandedOver`]: too late, the target has committed. A terminal
@@ -313,6 +425,10 @@ impl Update {
             return over();
         }
         self.fail(host, UpdateError::Cancelled)
+    }
+
+    fn prepare_error(&self, source: BoxError) -> UpdateError {
+        UpdateError::Prepare { mode: self.info.id.clone(), source }
     }
 
     fn hand_over_error(&self, source: BoxError) -> UpdateError {
@@ -331,21 +447,12 @@ impl Update {
             tracing::warn!(%error, "too late to take the guest back: the target has committed");
             return Outcome::HandedOver;
         }
-        self.mode.roll_back(&attempt(&self.control, &self.services, &[]));
+        self.mode.roll_back(&attempt(&self.control, &self.services));
         if let Err(error) = self.tell_again(Event::RolledBack) {
             tracing::error!(%error, "an ending cannot fail");
         }
         let guest = self.activity.take().map_or(Ok(()), |activity| host.resume(activity));
         Outcome::Failed { error, guest }
-    }
-
-    fn put_update_section(&self, state: &mut StateWriter) -> Result<(), FrameError> {
-        let section = UpdateSection {
-            mode: self.info.id.to_string(),
-            generation: self.services.generation,
-            guest_running: self.activity == Some(GuestActivity::Running),
-        };
-        state.early.put_value(UPDATE_SECTION, 0, 1, &section)
     }
 
     fn tell_again(&self, event: Event) -> Result<(), NotifyError> {
@@ -366,8 +473,12 @@ fn over() -> Outcome {
     Outcome::Failed { error: UpdateError::Over, guest: Ok(()) }
 }
 
-fn attempt<'a>(control: &'a Control, services: &'a Services, slow_to_close: &'a [RawFd]) -> Attempt<'a> {
-    Attempt { control, registry: &services.registry, slow_to_close }
+fn attempt<'a>(control: &'a Control, services: &'a Services) -> Attempt<'a> {
+    Attempt { control, registry: &services.registry }
+}
+
+fn save_error(error: FrameError) -> UpdateError {
+    UpdateError::Save(error.into())
 }
 
 pub(crate) fn notice<'a>(event: Event, mode: &'a ModeInfo, control: &Control) -> Notice<'a> {

@@ -19,10 +19,10 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use cpr_core::error::BoxError;
-use cpr_core::frame::Frame;
+use cpr_core::frame::{Frame, FrameWriter};
 use cpr_core::{
-    FdKind, FdPolicy, GuestActivity, Host, Incoming, MemoryRegion, Outcome, Services, Stamp, StateWriter,
-    Step, TerminalAction, Update,
+    FdKind, FdPolicy, GuestActivity, Host, Incoming, MemoryRegion, Outcome, Services, Stamp, Step,
+    TerminalAction, Update,
 };
 use cpr_exec::{CprExec, ExecArrival, KeeperEnd, MainChannel};
 use nix::errno::Errno;
@@ -99,6 +99,8 @@ struct Server {
     state: State,
     /// Whether clients are served. They are not between stop and resume.
     running: bool,
+    /// This is the keeper: the clients are on their way to the new program, and come back only if it fails.
+    departed: bool,
     update_wanted: bool,
     /// Where the last act of this program waits for the loop.
     terminal: Option<TerminalAction>,
@@ -137,12 +139,19 @@ impl Host for Server {
     }
 
     fn resume(&mut self, activity: GuestActivity) -> Result<(), BoxError> {
-        self.running = activity == GuestActivity::Running;
+        // A VMM runs its guest in the keeper, too. Clients could come and go there, but the new program has their sockets
+        // as they were when this one left its process.
+        self.running = activity == GuestActivity::Running && !self.departed;
         Ok(())
     }
 
-    fn save(&mut self, state: &mut StateWriter) -> Result<(), BoxError> {
-        Ok(state.main.put("echo/server", 0, 1, serde_json::to_vec(&self.state)?)?)
+    fn departed(&mut self) -> Result<(), BoxError> {
+        self.departed = true;
+        Ok(())
+    }
+
+    fn save(&mut self, main: &mut FrameWriter) -> Result<(), BoxError> {
+        Ok(main.put("echo/server", 0, 1, serde_json::to_vec(&self.state)?)?)
     }
 
     /// The counterpart, in the new program: state from the section, descriptors from the registry. Until the commit it
@@ -176,6 +185,7 @@ impl Server {
             streams: BTreeMap::new(),
             state: State { next_id: FIRST_CONNECTION, ..State::default() },
             running: false,
+            departed: false,
             update_wanted: false,
             terminal: None,
         })
@@ -361,14 +371,15 @@ impl Program {
     fn run(&mut self) -> Result<(), BoxError> {
         let mut events = [EpollEvent::empty(); 64];
         loop {
-            // Step 5: the exec, from here and from nowhere deeper: no lock is held, no destructor is waiting. It comes back
-            // only if it failed, with everything as before.
+            // Step 5: the exec, from here and from nowhere deeper: no lock is held, no destructor is waiting. It comes back if
+            // it failed, with everything as before; or in another process, the keeper, which waits for the new program.
             if let Some(action) = self.server.terminal.take()
                 && let Some(mut update) = self.outgoing.take()
             {
-                let error = action();
-                let outcome = update.terminal_failed(&mut self.server, error);
-                self.ended(outcome);
+                match update.terminal_returned(&mut self.server, action()) {
+                    Step::Finished(outcome) => self.ended(outcome),
+                    _ => self.outgoing = Some(update),
+                }
             }
             let timeout = self.step_update();
             let ready = match self.server.epoll.wait(&mut events, timeout) {
@@ -413,8 +424,8 @@ impl Program {
         match step {
             // Step 4: with `Terminal` the last act is in the slot, and the loop comes by at once.
             Step::Again | Step::Terminal => EpollTimeout::ZERO,
-            // Not in this mode. With one that has a second process, the loop waits for `wait.fd` as well.
-            Step::Wait(_) => EpollTimeout::from(10u8),
+            // In the keeper. A loop with more to do there adds `wait.fds` to its own.
+            Step::Wait(_) => EpollTimeout::from(1u8),
             Step::Finished(outcome) => {
                 self.ended(outcome);
                 EpollTimeout::ZERO
@@ -426,11 +437,25 @@ impl Program {
         self.outgoing = None;
         match outcome {
             Outcome::Failed { error, guest: Ok(()) } => {
+                if std::mem::take(&mut self.server.departed) {
+                    self.come_back();
+                }
                 self.server.answer_update(&format!("failed: {error}"))
             }
             Outcome::Failed { guest: Err(error), .. } => eprintln!("echo: clients cannot be served: {error}"),
-            // Not in this mode, where the target is this very process.
-            Outcome::HandedOver => std::process::exit(0),
+            // This is the keeper, and of no use any more.
+            Outcome::HandedOver => oslib::process::step_aside(Vec::new(), 0),
+        }
+    }
+
+    /// The new program failed, so this process is the server from now on, with all of its clients.
+    fn come_back(&mut self) {
+        self.server.running = true;
+        // An epoll instance watches the signals of the process that added the descriptor.
+        let signal = EpollEvent::new(EpollFlags::EPOLLIN, SIGNAL);
+        let watched = self.server.epoll.delete(&self.signals);
+        if let Err(error) = watched.and_then(|()| self.server.epoll.add(&self.signals, signal)) {
+            eprintln!("echo: signals go unnoticed: {error}");
         }
     }
 

@@ -94,7 +94,10 @@ impl MainChannel {
 
     /// Opens the channel for writing while the guest still runs, so that an unwritable path costs nothing.
     pub(crate) fn open(&self) -> Result<OpenChannel, ChannelError> {
-        let MainChannel::File { path, offset } = self else { return Ok(OpenChannel::Memfd { fd: None }) };
+        let MainChannel::File { path, offset } = self else {
+            let memfd = oslib::memfd::Memfd::new("cpr-main").create();
+            return Ok(OpenChannel::Memfd(Arc::new(memfd.map_err(memfd_error)?)));
+        };
         let error = |source| ChannelError::Open { path: path.clone(), source };
         let mut options = OpenOptions::new();
         options.write(true);
@@ -122,37 +125,55 @@ impl From<ChannelWire> for MainChannel {
 #[derive(Debug)]
 pub(crate) enum OpenChannel {
     File { path: PathBuf, offset: u64, file: File, created: bool },
-    Memfd { fd: Option<Arc<OwnedFd>> },
+    Memfd(Arc<OwnedFd>),
+}
+
+fn memfd_error(source: io::Error) -> ChannelError {
+    ChannelError::Write { what: "a memfd".into(), source }
 }
 
 impl OpenChannel {
-    /// Writes the frame, in the blackout: no sync, since the page cache outlives the process.
-    pub(crate) fn write(&mut self, frame: &[u8], registry: &FdRegistry) -> Result<(), BoxError> {
-        match self {
-            OpenChannel::File { path, offset, file, .. } => {
-                let mut write = || {
-                    // A device such as /dev/full has no length to cut.
-                    if file.metadata()?.is_file() {
-                        file.set_len(*offset)?;
-                    }
-                    if *offset > 0 {
-                        file.seek(SeekFrom::Start(*offset))?;
-                    }
-                    file.write_all(frame)
-                };
-                write().map_err(|source| ChannelError::Write {
-                    what: format!("file '{}'", path.display()),
-                    source,
-                })?;
-            }
-            OpenChannel::Memfd { fd } => {
-                let memfd = sealed_memfd("cpr-main", frame)
-                    .map_err(|source| ChannelError::Write { what: "a memfd".into(), source })?;
-                let memfd = fd.insert(Arc::new(memfd));
-                registry.save(names::MAIN, 0, FdKind::Memfd, FdPolicy::MayBeRebuilt, memfd)?;
-            }
+    /// Enters what the target needs to find the frame into the registry.
+    pub(crate) fn register(&self, registry: &FdRegistry) -> Result<(), BoxError> {
+        if let OpenChannel::Memfd(fd) = self {
+            registry.save(names::MAIN, 0, FdKind::Memfd, FdPolicy::MayBeRebuilt, fd)?;
         }
         Ok(())
+    }
+
+    /// Writes the frame, in place of one that was written before. No sync: the page cache outlives the process.
+    pub(crate) fn write(&mut self, frame: &[u8]) -> Result<(), ChannelError> {
+        match self {
+            OpenChannel::File { path, offset, file, .. } => {
+                let written = write_at(file, *offset, frame).and_then(|()| {
+                    // Cut only afterwards, so that room that is there already is not lost to somebody else. A device such as
+                    // /dev/full has no length to cut.
+                    if file.metadata()?.is_file() {
+                        file.set_len(*offset + frame.len() as u64)
+                    } else {
+                        Ok(())
+                    }
+                });
+                written.map_err(|source| ChannelError::Write {
+                    what: format!("file '{}'", path.display()),
+                    source,
+                })
+            }
+            OpenChannel::Memfd(fd) => {
+                let mut file = File::from(fd.try_clone().map_err(memfd_error)?);
+                write_at(&mut file, 0, frame)
+                    .and_then(|()| file.set_len(frame.len() as u64))
+                    .map_err(memfd_error)
+            }
+        }
+    }
+
+    /// Nobody changes the frame any more, where that can be had.
+    pub(crate) fn seal(&self) -> Result<(), ChannelError> {
+        match self {
+            OpenChannel::File { .. } => Ok(()),
+            OpenChannel::Memfd(fd) => oslib::memfd::seal_write(fd).map_err(memfd_error),
+        }
     }
 
     /// After a failure: leaves nothing behind that was not there before.
@@ -163,6 +184,14 @@ impl OpenChannel {
             tracing::warn!(path = %path.display(), %error, "the unused state file stays");
         }
     }
+}
+
+fn write_at(file: &mut File, offset: u64, bytes: &[u8]) -> io::Result<()> {
+    // Not for a device or pipe, which cannot seek, unless it was asked for.
+    if offset > 0 || file.metadata()?.is_file() {
+        file.seek(SeekFrom::Start(offset))?;
+    }
+    file.write_all(bytes)
 }
 
 /// A memfd with this content that nobody can change any more.

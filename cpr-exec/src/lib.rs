@@ -54,6 +54,8 @@ mod names {
 struct ProcessSection {
     /// Blocked signals before the update, bit n - 1 for signal n.
     signal_mask: u64,
-    /// Where the main frame is.
+    /// Where the main frame is, or will be.
     main: channel::ChannelWire,
+    /// The source runs the guest until the target asks for the state.
+    source_goes_on: bool,
 }

@@ -1,18 +1,21 @@
 //! The source's half: preflight of the command, the two frames, and the terminal action that execs.
 
-use std::ffi::OsString;
+use std::ffi::{CString, OsString};
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
 
 use cpr_core::error::BoxError;
-use cpr_core::ownership::{Owner, OwnershipWord};
+use cpr_core::frame::FrameWriter;
+use cpr_core::ownership::Owner;
 use cpr_core::{
-    Attempt, Control, CprMode, FdKind, FdPolicy, FdRegistry, HandOver, ModeId, Prepared, Properties, Stamp,
-    StateWriter, TerminalAction,
+    Attempt, Control, Course, CprMode, FdKind, FdPolicy, FdRegistry, HandOver, Introduced, ModeId, Prepared,
+    Properties, Stamp, StateWriter, TargetPhase, TerminalAction, Wait, Watchdog,
 };
 use oslib::eventfd::EventFd;
 use oslib::exec::{PreparedExec, ProgramError};
-use oslib::keeper::{Keeper, KeeperPlan};
+use oslib::keeper::Keeper;
+use oslib::pidfd::PidFd;
 use oslib::signals::{self, SignalMask};
 
 use crate::channel::{MainChannel, OpenChannel, sealed_memfd};
@@ -33,6 +36,9 @@ pub enum CommandError {
     Program(#[from] ProgramError),
 }
 
+/// How long a target may go without progress, unless the user says otherwise.
+const TIMEOUT: Duration = Duration::from_secs(5);
+
 /// One attempt in the cpr-exec mode.
 #[derive(Debug)]
 pub struct CprExec {
@@ -42,6 +48,10 @@ pub struct CprExec {
     keeper: bool,
     open: Option<OpenChannel>,
     doorbell: Option<Arc<EventFd>>,
+    watchdog: Watchdog,
+    departure: Arc<Mutex<Option<Departure>>>,
+    /// The doorbell and the successor, for the host's loop.
+    watched: Vec<Arc<OwnedFd>>,
 }
 
 impl CprExec {
@@ -51,7 +61,17 @@ impl CprExec {
     /// The target gets this thread's signal mask of now, unless [`signal_mask`](Self::signal_mask) says otherwise.
     pub fn new(command: Vec<OsString>, main: MainChannel) -> CprExec {
         let signal_mask = signals::current().unwrap_or_default();
-        CprExec { command, main, signal_mask, keeper: true, open: None, doorbell: None }
+        CprExec {
+            command,
+            main,
+            signal_mask,
+            keeper: true,
+            open: None,
+            doorbell: None,
+            watchdog: Watchdog::new(Some(TIMEOUT), None),
+            departure: Arc::default(),
+            watched: Vec::new(),
+        }
     }
 
     /// Sets the signal mask that the target restores once its handlers stand: the one that the program itself was
@@ -62,8 +82,18 @@ impl CprExec {
         self
     }
 
-    /// Whether a keeper holds the old address space past the exec; on by default. Without it exec frees the old
-    /// mappings of guest RAM before the target starts: some 45 ms per GiB that was touched in 4 KiB pages.
+    /// How long the target may go without progress before it is given up, 5 s by default; and how long its user may take
+    /// to say where the state comes from (`-incoming defer`), for ever by default. Needs the keeper.
+    #[must_use]
+    pub fn time_limits(mut self, timeout: Option<Duration>, defer_timeout: Option<Duration>) -> Self {
+        self.watchdog = Watchdog::new(timeout, defer_timeout);
+        self
+    }
+
+    /// Whether the program goes on in a keeper ([`oslib::keeper`]) until the target has taken over; on by default.
+    ///
+    /// Without it the guest stands still from the save to the commit, exec frees the old mappings of guest RAM meanwhile
+    /// (some 45 ms per GiB that was touched in 4 KiB pages), and a target that fails takes the guest with it.
     #[must_use]
     pub fn keeper(mut self, on: bool) -> Self {
         self.keeper = on;
@@ -79,34 +109,59 @@ impl CprExec {
         Ok(oslib::exec::find_program(program, path.as_deref())?)
     }
 
-    fn try_hand_over(
+    /// Finishes the early frame, and makes the exec ready that will deliver it.
+    fn ready_to_exec(
         &mut self,
         attempt: &Attempt<'_>,
-        mut state: StateWriter,
+        mut early: FrameWriter,
     ) -> Result<TerminalAction, BoxError> {
-        let epoch = attempt.control.epoch();
-        let channel = self.open.as_mut().ok_or("hand over before prepare")?;
-        channel.write(&state.main.finish(epoch), attempt.registry)?;
-
-        let process = ProcessSection { signal_mask: self.signal_mask.bits(), main: self.main.to_wire() };
-        state.early.put_value(names::PROCESS_SECTION, 0, 1, &process)?;
+        let process = ProcessSection {
+            signal_mask: self.signal_mask.bits(),
+            main: self.main.to_wire(),
+            source_goes_on: self.keeper,
+        };
+        early.put_value(names::PROCESS_SECTION, 0, 1, &process)?;
         // Numbers are kept by exec, so a number is all that the target needs to find a descriptor again.
         let registry = attempt.registry.encode(|_, fd| Ok::<_, BoxError>(fd.as_raw_fd().try_into()?))?;
-        state.early.put(names::REGISTRY_SECTION, 0, 1, registry)?;
-        let state = sealed_memfd("cpr-state", &state.early.finish(epoch))?;
+        early.put(names::REGISTRY_SECTION, 0, 1, registry)?;
+        let state = sealed_memfd("cpr-state", &early.finish(attempt.control.epoch()))?;
 
         let program = self.find_program()?;
         let exec = PreparedExec::new(&program, &self.command, environment::for_target(state.as_raw_fd()))?;
-        let keeper = self.doorbell.clone().map(|doorbell| (doorbell, attempt.slow_to_close.to_vec()));
         let last = LastAct {
             program: program.into_os_string(),
             exec,
             state,
             registry: attempt.registry.clone(),
             control: attempt.control.clone(),
-            keeper,
+            departure: self.keeper.then(|| self.departure.clone()),
         };
         Ok(Box::new(move || last.run()))
+    }
+
+    fn channel(&mut self) -> Result<&mut OpenChannel, BoxError> {
+        self.open.as_mut().ok_or_else(|| "the main channel is not open".into())
+    }
+
+    /// In the keeper: what the target is doing.
+    fn look_at_target(&mut self, attempt: &Attempt<'_>) -> Result<(TargetPhase, Wait), BoxError> {
+        let departure = self.departure.lock().unwrap_or_else(PoisonError::into_inner);
+        let successor = &departure.as_ref().ok_or("the program has not left its process")?.successor;
+        let doorbell = self.doorbell.as_ref().ok_or("there is no doorbell")?;
+        // Before the words are read: a ring that comes between the two wakes the next wait.
+        doorbell.drain()?;
+        let rendezvous = attempt.control.rendezvous();
+        // It can have committed as the last thing it did.
+        if successor.is_exited()? && attempt.control.ownership().owner() == Some(Owner::Source) {
+            return Err("the new program ended before it took over".into());
+        }
+        let deadline = self.watchdog.check(&rendezvous)?;
+        if self.watched.is_empty() {
+            for fd in [doorbell.as_fd(), successor.as_fd()] {
+                self.watched.push(Arc::new(fd.try_clone_to_owned()?));
+            }
+        }
+        Ok((rendezvous.target_phase(), Wait { fds: self.watched.clone(), deadline }))
     }
 }
 
@@ -119,6 +174,10 @@ impl CprMode for CprExec {
         PROPERTIES
     }
 
+    fn course(&self) -> Course {
+        if self.keeper { Course::Departing } else { Course::Halted }
+    }
+
     fn check(&mut self) -> Result<(), BoxError> {
         self.find_program()?;
         self.open = Some(self.main.open()?);
@@ -126,30 +185,102 @@ impl CprMode for CprExec {
     }
 
     fn prepare(&mut self, attempt: &Attempt<'_>) -> Result<Prepared, BoxError> {
-        let save =
-            |name, kind, fd: &Arc<_>| attempt.registry.resave(name, 0, kind, FdPolicy::MustSurvive, fd);
-        save(names::CONTROL, FdKind::Memfd, attempt.control.fd())?;
-        if self.keeper && self.doorbell.is_none() {
+        let registry = attempt.registry;
+        registry.resave(names::CONTROL, 0, FdKind::Memfd, FdPolicy::MustSurvive, attempt.control.fd())?;
+        self.channel()?.register(registry)?;
+        if self.keeper {
             let doorbell = Arc::new(EventFd::new()?);
-            attempt.registry.save(names::DOORBELL, 0, FdKind::EventFd, FdPolicy::MustSurvive, &doorbell)?;
+            registry.save(names::DOORBELL, 0, FdKind::EventFd, FdPolicy::MustSurvive, &doorbell)?;
             self.doorbell = Some(doorbell);
         }
         Ok(Prepared::Ready)
     }
 
+    fn introduce(&mut self, attempt: &Attempt<'_>, state: StateWriter) -> Result<Introduced, BoxError> {
+        // The rehearsal: a full disk is noticed now, and the room is taken.
+        let epoch = attempt.control.epoch();
+        self.channel()?.write(&state.main.finish(epoch))?;
+        Ok(Introduced::Terminal(self.ready_to_exec(attempt, state.early)?))
+    }
+
+    fn await_target(&mut self, attempt: &Attempt<'_>) -> Result<Prepared, BoxError> {
+        let (phase, wait) = self.look_at_target(attempt)?;
+        Ok(if phase >= TargetPhase::Ready { Prepared::Ready } else { Prepared::Wait(wait) })
+    }
+
     fn hand_over(&mut self, attempt: &Attempt<'_>, state: StateWriter) -> Result<HandOver, BoxError> {
-        Ok(HandOver::Terminal(self.try_hand_over(attempt, state)?))
+        let frame = state.main.finish(attempt.control.epoch());
+        self.channel()?.write(&frame)?;
+        self.channel()?.seal()?;
+        if !self.keeper {
+            return Ok(HandOver::Terminal(self.ready_to_exec(attempt, state.early)?));
+        }
+        attempt.control.timeline().stamp(Stamp::HandedOver);
+        attempt.control.rendezvous().publish_state();
+        self.poll_hand_over(attempt)
+    }
+
+    fn poll_hand_over(&mut self, attempt: &Attempt<'_>) -> Result<HandOver, BoxError> {
+        let (_, wait) = self.look_at_target(attempt)?;
+        Ok(match attempt.control.ownership().owner() {
+            Some(Owner::Target) => HandOver::Complete,
+            _ => HandOver::Wait(wait),
+        })
     }
 
     fn roll_back(&mut self, attempt: &Attempt<'_>) {
+        if let Some(departure) = self.departure.lock().unwrap_or_else(PoisonError::into_inner).take() {
+            end_successor(&departure.successor);
+            if let Some(name) = departure.name {
+                let _ = oslib::process::set_name(&name);
+            }
+            // As it was before the last act blocked all signals.
+            if let Err(error) = signals::set_mask(departure.mask) {
+                tracing::error!(%error, "the signal mask could not be restored");
+            }
+        }
         if let Some(open) = self.open.take() {
             open.discard();
         }
         self.doorbell = None;
+        self.watched.clear();
         attempt.registry.delete(names::CONTROL, 0);
         attempt.registry.delete(names::DOORBELL, 0);
         attempt.registry.delete(names::MAIN, 0);
     }
+}
+
+/// How long a killed process may take to end.
+const KILLED_WITHIN: Duration = Duration::from_secs(10);
+
+/// Ends the process that could not take over: it must not touch anything once the guest runs again.
+fn end_successor(successor: &PidFd) {
+    let ended = match successor.send_signal(SIGKILL) {
+        Err(error) if error.raw_os_error() == Some(ESRCH) => Ok(true),
+        Err(error) => Err(error),
+        Ok(()) => successor.wait_exited(KILLED_WITHIN),
+    };
+    match ended {
+        Ok(true) => {}
+        // Pid 1 of a container cannot be killed from inside. It cannot commit any more either.
+        Ok(false) => tracing::error!("the new program could not be ended"),
+        Err(error) => tracing::error!(%error, "the new program could not be ended"),
+    }
+}
+
+/// signal(7).
+const SIGKILL: i32 = 9;
+/// errno(3).
+const ESRCH: i32 = 3;
+
+/// What the last act leaves for the program when it goes on in the keeper.
+#[derive(Debug)]
+struct Departure {
+    successor: PidFd,
+    /// Signals that were blocked before all were.
+    mask: SignalMask,
+    /// What the process was called.
+    name: Option<CString>,
 }
 
 /// Everything that the exec needs, so that the terminal action allocates as little as it can.
@@ -159,22 +290,29 @@ struct LastAct {
     state: OwnedFd,
     registry: FdRegistry,
     control: Control,
-    /// The doorbell, and the descriptors whose last close takes long.
-    keeper: Option<(Arc<EventFd>, Vec<i32>)>,
+    /// Where to leave word, if the program is to go on in a keeper.
+    departure: Option<Arc<Mutex<Option<Departure>>>>,
 }
 
 impl LastAct {
-    /// Execs. Coming back, it has put everything as it was before.
-    fn run(self) -> BoxError {
+    /// Execs. Coming back with an error, it has put everything as it was before; with `Ok`, this is the keeper.
+    fn run(self) -> Result<(), BoxError> {
         // A target of an update that was cancelled since could never commit, and the guest would be lost.
         if self.control.ownership().owner() != Some(Owner::Source) {
-            return "the update ended before it was executed".into();
+            return Err("the update ended before it was executed".into());
         }
-        let mask = match signals::block_all() {
-            Ok(mask) => mask,
-            Err(error) => return format!("signals could not be blocked: {error}").into(),
+        let name = oslib::process::name().ok();
+        let mask = signals::block_all().map_err(|error| format!("signals could not be blocked: {error}"))?;
+        let error = match self.clear_and_exec() {
+            Ok(successor) => {
+                if let Some(departure) = &self.departure {
+                    *departure.lock().unwrap_or_else(PoisonError::into_inner) =
+                        Some(Departure { successor, mask, name });
+                }
+                return Ok(());
+            }
+            Err(error) => error,
         };
-        let error = self.clear_and_exec();
         let _ = self.registry.walk_fd(|entry, fd| {
             if let Err(error) = oslib::cloexec::set(fd) {
                 tracing::error!(%entry, %error, "close-on-exec could not be set again");
@@ -184,43 +322,36 @@ impl LastAct {
         if let Err(error) = signals::set_mask(mask) {
             tracing::error!(%error, "the signal mask could not be restored");
         }
-        error
+        Err(error)
     }
 
-    fn clear_and_exec(&self) -> BoxError {
+    fn clear_and_exec(&self) -> Result<PidFd, BoxError> {
+        // Before the descriptors are made to survive: the keeper's table is a copy, and programs that it may start later
+        // must not inherit them.
+        let keeper = match &self.departure {
+            Some(_) => {
+                Some(Keeper::spawn().map_err(|error| format!("the keeper could not be started: {error}"))?)
+            }
+            None => None,
+        };
         // Only now, so that no child that the program ever starts inherits them.
-        let cleared = self.registry.walk_fd(|entry, fd| {
+        self.registry.walk_fd(|entry, fd| {
             oslib::cloexec::clear(fd).map_err(|error| format!("descriptor {entry} cannot be kept: {error}"))
-        });
-        if let Err(error) = cleared {
-            return error.into();
-        }
-        if let Err(error) = oslib::cloexec::clear(&self.state) {
-            return error.into();
-        }
-        // After the descriptors were made to survive: the keeper's table is a copy.
-        let keeper = match self.spawn_keeper() {
-            Ok(keeper) => keeper,
-            Err(error) => return format!("the keeper could not be started: {error}").into(),
-        };
+        })?;
+        oslib::cloexec::clear(&self.state)?;
         self.control.set_keeper_pid(keeper.as_ref().map(Keeper::pid));
-        self.control.timeline().stamp(Stamp::HandedOver);
-        let error = self.exec.run();
-        self.control.set_keeper_pid(None);
-        if let Some(Err(error)) = keeper.map(Keeper::cancel) {
-            tracing::error!(%error, "the keeper could not be ended");
-        }
-        format!("cannot execute '{}': {error}", self.program.display()).into()
-    }
-
-    fn spawn_keeper(&self) -> std::io::Result<Option<Keeper>> {
-        let Some((doorbell, keep)) = &self.keeper else { return Ok(None) };
-        let plan = KeeperPlan {
-            commit: doorbell.as_fd(),
-            word: self.control.ownership_cell(),
-            committed: OwnershipWord::value(self.control.epoch(), Owner::Target),
-            keep_fds: keep.clone(),
+        self.control.timeline().stamp(Stamp::Executed);
+        let error = match keeper {
+            Some(keeper) => match keeper.exec(&self.exec) {
+                Ok(departed) => return Ok(departed.successor),
+                Err(error) => error,
+            },
+            None => {
+                self.control.timeline().stamp(Stamp::HandedOver);
+                self.exec.run()
+            }
         };
-        Keeper::spawn(plan).map(Some)
+        self.control.set_keeper_pid(None);
+        Err(format!("cannot execute '{}': {error}", self.program.display()).into())
     }
 }

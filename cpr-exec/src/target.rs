@@ -3,9 +3,10 @@
 use std::io;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
+use std::time::Duration;
 
 use cpr_core::error::BoxError;
-use cpr_core::{Arrival, Control, FdRegistry, MainSource};
+use cpr_core::{Arrival, Control, FdRegistry, LiveMain, MainSource};
 use oslib::eventfd::EventFd;
 use oslib::signals::SignalMask;
 
@@ -58,12 +59,29 @@ pub struct ExecArrival {
 #[derive(Debug)]
 pub struct MainReader {
     memfd: Option<Arc<OwnedFd>>,
+    /// The source's end of a rendezvous, if it goes on until then.
+    live: Option<(Control, Arc<EventFd>)>,
 }
 
+/// How long a source may take to stop its guest and save it.
+const SAVED_WITHIN: Duration = Duration::from_secs(20);
+
 impl MainReader {
+    /// Whether the source still runs the guest. Then building takes none of the guest's time.
+    pub fn is_live(&self) -> bool {
+        self.live.is_some()
+    }
+
     /// The main frame in `channel`: normally [`ExecArrival::main`], or where the user says that it is.
+    /// If the source still runs the guest, reading means: ask for the state, and wait for it.
     pub fn open(&self, channel: MainChannel) -> Box<dyn MainSource> {
-        Box::new(ChannelSource { channel, memfd: self.memfd.clone() })
+        let source = Box::new(ChannelSource { channel, memfd: self.memfd.clone() });
+        match &self.live {
+            Some((control, doorbell)) => {
+                Box::new(LiveMain::new(control.clone(), doorbell.clone(), SAVED_WITHIN, source))
+            }
+            None => source,
+        }
     }
 }
 
@@ -94,17 +112,18 @@ fn take_over(state: OwnedFd) -> Result<ExecArrival, BoxError> {
     let control: Arc<OwnedFd> = registry.find(names::CONTROL, 0).ok_or("its control page is missing")?;
     let control = Control::attach(control, early.epoch)?;
     let doorbell: Option<Arc<EventFd>> = registry.find(names::DOORBELL, 0);
-    let keeper = match (control.keeper_pid(), doorbell) {
-        (Some(pid), Some(doorbell)) => Some(KeeperEnd::new(pid, doorbell)?),
+    let keeper = match (control.keeper_pid(), &doorbell) {
+        (Some(pid), Some(doorbell)) => Some(KeeperEnd::new(pid, doorbell.clone())?),
         _ => None,
     };
+    let live = process.source_goes_on.then(|| doorbell.map(|doorbell| (control.clone(), doorbell))).flatten();
     let memfd = registry.find(names::MAIN, 0);
     // They have served. The next update brings its own of the same names, even while somebody still holds these.
     for name in [names::CONTROL, names::DOORBELL, names::MAIN] {
         registry.delete(name, 0);
     }
     Ok(ExecArrival {
-        source: MainReader { memfd },
+        source: MainReader { memfd, live },
         arrival: Arrival { mode: mode_info(), early, registry, control },
         signal_mask: SignalMask::from_bits(process.signal_mask),
         main: process.main.into(),

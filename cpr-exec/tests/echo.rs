@@ -2,14 +2,22 @@
 
 mod common;
 
-use std::io::{Read, Write};
-use std::os::unix::fs::PermissionsExt;
+use std::fs::File;
+use std::io::{Read, Seek, SeekFrom, Write};
+use std::os::fd::OwnedFd;
+use std::os::unix::fs::{PermissionsExt, symlink};
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
+use std::thread::JoinHandle;
 use std::time::Duration;
 
-use common::{CLOEXEC, Client, Echo, IDLE, echo_program, wait_until};
-use oslib::pidfd::PidFd;
+use common::{CLOEXEC, Client, Echo, IDLE, LIMIT, SIGKILL, children_of, echo_program, wait_until};
+use cpr_core::error::BoxError;
+use cpr_core::frame::Frame;
+use cpr_core::{Control, FdRegistry, LiveMain, MainSource};
+use oslib::eventfd::EventFd;
+use oslib::pidfd::{Exit, PidFd};
 
 const SIGUSR1: i32 = 10;
 const UPDATES: u32 = 20;
@@ -71,6 +79,46 @@ fn ping(mut client: Client, stop: &AtomicBool, progress: &AtomicU64) {
     }
 }
 
+/// Two clients that notice everything.
+struct Traffic {
+    stop: Arc<AtomicBool>,
+    progress: Arc<[AtomicU64; 2]>,
+    threads: [JoinHandle<()>; 2],
+}
+
+impl Traffic {
+    fn start(pinging: Client, flooding: Client) -> Traffic {
+        let stop = Arc::new(AtomicBool::new(false));
+        let progress = Arc::new([AtomicU64::new(0), AtomicU64::new(0)]);
+        let spawn = |index: usize, run: fn(Client, &AtomicBool, &AtomicU64), client| {
+            let (stop, progress) = (stop.clone(), progress.clone());
+            std::thread::spawn(move || run(client, &stop, &progress[index]))
+        };
+        let threads = [spawn(0, ping, pinging), spawn(1, flood, flooding)];
+        Traffic { stop, progress, threads }
+    }
+
+    fn progress(&self) -> [u64; 2] {
+        [0, 1].map(|index| self.progress[index].load(Relaxed))
+    }
+
+    /// Waits until both have noticeably more than `before`.
+    fn goes_on_from(&self, before: [u64; 2]) {
+        wait_until("traffic", || {
+            assert!(!self.threads.iter().any(JoinHandle::is_finished), "a connection was lost");
+            let [pings, bytes] = self.progress();
+            pings > before[0] + 3 && bytes > before[1] + 3000
+        });
+    }
+
+    fn end(self) {
+        self.stop.store(true, Relaxed);
+        for thread in self.threads {
+            thread.join().unwrap();
+        }
+    }
+}
+
 #[test]
 fn connections_survive_twenty_updates_under_traffic() {
     let mut echo = Echo::start::<&str>(&[]);
@@ -79,31 +127,19 @@ fn connections_survive_twenty_updates_under_traffic() {
     wait_until("three connections", || echo.process.descriptors().len() == IDLE + 3);
     let before = (echo.process.descriptors(), echo.process.blocked_signals());
 
-    let stop = Arc::new(AtomicBool::new(false));
-    let progress = Arc::new([AtomicU64::new(0), AtomicU64::new(0)]);
-    let spawn = |index: usize, run: fn(Client, &AtomicBool, &AtomicU64), client| {
-        let (stop, progress) = (stop.clone(), progress.clone());
-        std::thread::spawn(move || run(client, &stop, &progress[index]))
-    };
-    let traffic = [spawn(0, ping, pinging), spawn(1, flood, flooding)];
+    let traffic = Traffic::start(pinging, flooding);
     for generation in 1..=UPDATES {
-        let [pings, bytes] = [0, 1].map(|index| progress[index].load(Relaxed));
+        let progress = traffic.progress();
         // The beginning of a line, which the next program will complete.
         control.send("!update\nhalf-");
         let answer = control.line();
         assert!(answer.starts_with(&format!("!updated to generation {generation} in ")), "{answer}");
         assert_eq!(control.ask("line"), "half-line");
-        wait_until("traffic", || {
-            assert!(!traffic.iter().any(|thread| thread.is_finished()), "a connection was lost");
-            progress[0].load(Relaxed) > pings + 3 && progress[1].load(Relaxed) > bytes + 3000
-        });
+        traffic.goes_on_from(progress);
     }
     assert!(echo.process.is_running(), "the same process all the time");
     wait_until("the last keeper's end", || echo.process.children().is_empty());
-    stop.store(true, Relaxed);
-    for thread in traffic {
-        thread.join().unwrap();
-    }
+    traffic.end();
 
     // Two clients have gone; but for them everything is as it was.
     wait_until("the end of both connections", || echo.process.descriptors().len() == before.0.len() - 2);
@@ -182,14 +218,10 @@ fn what_a_client_has_not_taken_yet_is_not_lost() {
 #[test]
 fn a_failed_exec_leaves_everything_as_it_was() {
     let dir = tempfile::tempdir().unwrap();
-    let script = dir.path().join("no-format");
     // No format at all: neither ELF nor "#!". The kernel says ENOEXEC, and only when it is asked to execute it.
-    std::fs::write(&script, "just a text\n").unwrap();
-    std::fs::set_permissions(&script, std::fs::Permissions::from_mode(0o755)).unwrap();
-    let command = dir.path().join("command");
-    std::os::unix::fs::symlink(&script, &command).unwrap();
+    let command = Exchangeable::new(&dir, &executable(&dir, "no-format", "just a text\n"));
     let state = dir.path().join("state");
-    let mut echo = Echo::start(&["--state", state.to_str().unwrap(), "--command", command.to_str().unwrap()]);
+    let mut echo = Echo::start(&["--state", state.to_str().unwrap(), "--command", command.path()]);
     let mut clients = [(); 3].map(|()| echo.connect());
     for client in &mut clients {
         assert_eq!(client.ask("hello"), "hello");
@@ -212,11 +244,262 @@ fn a_failed_exec_leaves_everything_as_it_was() {
         assert!(!state.exists(), "the state file was made for nothing");
     }
     // It is not too late for a program that can be executed.
-    std::fs::remove_file(&command).unwrap();
-    std::os::unix::fs::symlink(echo_program(), &command).unwrap();
+    command.exchange(&echo_program());
     assert!(control.ask("!update").starts_with("!updated to generation 1 in "));
     for client in &mut clients {
         assert_eq!(client.ask("line"), "half-line");
     }
     assert!(echo.process.is_running());
+}
+
+// The new program fails after it was executed, so the server goes on in the keeper.
+
+/// A file with this content that can be executed.
+fn executable(dir: &tempfile::TempDir, name: &str, content: &str) -> PathBuf {
+    let path = dir.path().join(name);
+    std::fs::write(&path, content).unwrap();
+    std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o755)).unwrap();
+    path
+}
+
+/// A program for `--command` that is another one later.
+struct Exchangeable(PathBuf);
+
+impl Exchangeable {
+    fn new(dir: &tempfile::TempDir, program: &Path) -> Exchangeable {
+        let command = Exchangeable(dir.path().join("command"));
+        symlink(program, &command.0).unwrap();
+        command
+    }
+
+    fn exchange(&self, program: &Path) {
+        std::fs::remove_file(&self.0).unwrap();
+        symlink(program, &self.0).unwrap();
+    }
+
+    fn path(&self) -> &str {
+        self.0.to_str().unwrap()
+    }
+}
+
+const ENDED: &str = "the new program ended before it took over";
+
+/// After everything that a server could leave behind has been ended.
+fn no_process_is_left(echo: Echo) {
+    drop(echo);
+    // Orphans, too, are children of this process. So are the servers of other tests, each for its time.
+    wait_until("the end of all processes", || {
+        let children = children_of(std::process::id());
+        // A keeper that has stepped aside and whose parent is no more.
+        for ended in children.iter().filter_map(|child| child.split_once(" (cpr-keeper) Z ")) {
+            let _ = PidFd::open(ended.0.parse().unwrap()).and_then(|keeper| keeper.try_reap());
+        }
+        children.is_empty()
+    });
+}
+
+#[test]
+fn a_program_that_ends_leaves_the_server_in_another_process() {
+    let dir = tempfile::tempdir().unwrap();
+    let (state, program) = (dir.path().join("state"), echo_program());
+    let fails = [
+        ("false", "#!/bin/sh\nexec false\n".to_owned(), 1),
+        // A program that does not take over has failed, whatever it says.
+        ("true", "#!/bin/sh\nexit 0\n".to_owned(), 0),
+        ("reserved", format!("#!/bin/sh\nCPR_VMM_FUTURE=1 exec {}\n", program.display()), 1),
+        ("usage", format!("#!/bin/sh\nexec {} --bogus\n", program.display()), 1),
+    ];
+    let fails = fails.map(|(name, content, code)| (executable(&dir, name, &content), code));
+    let command = Exchangeable::new(&dir, &program);
+    let mut echo = Echo::start(&["--state", state.to_str().unwrap(), "--command", command.path()]);
+    let mut control = echo.connect();
+    let mut clients = [(); 3].map(|()| echo.connect());
+    for client in &mut clients {
+        assert_eq!(client.ask("hello"), "hello");
+        client.send("half-");
+    }
+    assert_eq!(control.ask("here"), "here");
+
+    for generation in 0..3 {
+        let before = (echo.process.descriptors(), echo.process.blocked_signals());
+        for (program, code) in &fails {
+            command.exchange(program);
+            assert_eq!(control.ask("!update"), format!("!failed: cpr-exec could not prepare: {ENDED}"));
+            assert_eq!(echo.follow(), Exit::Exited(*code));
+            // Nothing but the process id has changed.
+            assert_eq!(control.ask("!generation"), format!("!generation {generation}"));
+            assert_eq!((echo.process.descriptors(), echo.process.blocked_signals()), before);
+            assert_eq!(echo.process.children(), [""; 0]);
+            assert_eq!(oslib::process::thread_names(echo.process.pid()).unwrap().len(), 1);
+            assert!(!state.exists(), "the state file was made for nothing");
+            for client in &mut clients {
+                assert_eq!(client.ask("line"), "half-line");
+                client.send("half-");
+            }
+            assert_eq!(echo.connect().ask("and others"), "and others");
+            wait_until("its end", || echo.process.descriptors().len() == before.0.len());
+        }
+        // It is not too late for a good one. A signal reaches the process that it is now.
+        command.exchange(&program);
+        PidFd::open(echo.process.pid()).unwrap().send_signal(SIGUSR1).unwrap();
+        let expected = format!("!generation {}", generation + 1);
+        wait_until("the update", || control.ask("!generation") == expected);
+        wait_until("the keeper's end", || {
+            echo.process.children().is_empty() && echo.process.descriptors().len() == before.0.len()
+        });
+        for client in &mut clients {
+            assert_eq!(client.ask("line"), "half-line");
+            client.send("half-");
+        }
+        assert!(echo.process.is_running(), "a good program does not change the process");
+        let _ = std::fs::remove_file(&state);
+    }
+    no_process_is_left(echo);
+}
+
+#[test]
+fn a_program_that_is_killed_leaves_the_server_in_another_process() {
+    let dir = tempfile::tempdir().unwrap();
+    let command = Exchangeable::new(&dir, &executable(&dir, "sleeps", "#!/bin/sh\nexec sleep 1000\n"));
+    let mut echo = Echo::start(&["--command", command.path()]);
+    let (mut client, mut control) = (echo.connect(), echo.connect());
+    assert_eq!(client.ask("hello"), "hello");
+    client.send("half-");
+    for _ in 0..2 {
+        control.send("!update\n");
+        let pid = echo.process.pid();
+        wait_until("the exec", || oslib::process::thread_names(pid).unwrap() == ["sleep"]);
+        // What is said meanwhile is heard later.
+        client.send("line\nhalf-");
+        let mut newcomer = echo.connect();
+        newcomer.send("anybody there?\n");
+        PidFd::open(pid).unwrap().send_signal(SIGKILL).unwrap();
+        assert_eq!(control.line(), format!("!failed: cpr-exec could not prepare: {ENDED}"));
+        assert_eq!(echo.follow(), Exit::Signaled(SIGKILL));
+        assert_eq!(client.line(), "half-line");
+        assert_eq!(newcomer.line(), "anybody there?");
+    }
+    command.exchange(&echo_program());
+    assert!(control.ask("!update").starts_with("!updated to generation 1 in "));
+    assert_eq!(client.ask("line"), "half-line");
+    no_process_is_left(echo);
+}
+
+/// Set where this test program is to be the new program, and says what comes of it.
+const ROLE: &str = "ECHO_TEST_ROLE";
+
+struct Unread;
+
+impl MainSource for Unread {
+    fn read_main(&mut self) -> Result<Frame, BoxError> {
+        Err("that is not the point".into())
+    }
+}
+
+/// No test by itself, but the new program of others: one that ends when the server has already stopped for it.
+#[test]
+fn what_the_new_program_does_if_this_is_it() {
+    let Ok(role) = std::env::var(ROLE) else { return };
+    let inherit = |number: u64| oslib::inherited::take(i32::try_from(number).unwrap());
+    let mut state = File::from(inherit(std::env::var("CPR_VMM_STATE").unwrap().parse().unwrap()).unwrap());
+    state.seek(SeekFrom::Start(0)).unwrap();
+    let mut early = Frame::read_from(state).unwrap();
+    let registry = early.require("cpr-core/registry", 0).unwrap();
+    let registry = FdRegistry::decode(&registry, |_, token| Ok(inherit(token)?)).unwrap();
+    let control: Arc<OwnedFd> = registry.find("cpr-exec/control", 0).unwrap();
+    let control = Control::attach(control, early.epoch).unwrap();
+    let doorbell: Arc<EventFd> = registry.find("cpr-exec/doorbell", 0).unwrap();
+    let mut main = LiveMain::new(control.clone(), doorbell, LIMIT, Box::new(Unread));
+    assert_eq!(main.read_main().unwrap_err().to_string(), "that is not the point");
+    match role.as_str() {
+        "ends" => std::process::exit(3),
+        "aborts" => std::process::abort(),
+        // A moment later it is too late.
+        "commits" => control.ownership().commit().unwrap(),
+        role => panic!("{role}"),
+    }
+    std::process::exit(4);
+}
+
+/// A program that is [`what_the_new_program_does_if_this_is_it`].
+fn new_program(dir: &tempfile::TempDir, role: &str) -> PathBuf {
+    let own = std::env::current_exe().unwrap();
+    let test = "what_the_new_program_does_if_this_is_it";
+    let line = format!("{ROLE}={role} exec {} --exact {test} --nocapture", own.display());
+    executable(dir, role, &format!("#!/bin/sh\n{line}\n"))
+}
+
+#[test]
+fn a_program_that_ends_with_the_state_in_its_hands_leaves_the_server_in_another_process() {
+    const SIGABRT: i32 = 6;
+    let dir = tempfile::tempdir().unwrap();
+    let state = dir.path().join("state");
+    let command = Exchangeable::new(&dir, &echo_program());
+    let mut echo = Echo::start(&["--state", state.to_str().unwrap(), "--command", command.path()]);
+    let (mut client, mut control) = (echo.connect(), echo.connect());
+    assert_eq!(client.ask("hello"), "hello");
+    assert_eq!(control.ask("here"), "here");
+    client.send("half-");
+    let before = (echo.process.descriptors(), echo.process.blocked_signals());
+    for (role, exit) in [("ends", Exit::Exited(3)), ("aborts", Exit::Signaled(SIGABRT))] {
+        command.exchange(&new_program(&dir, role));
+        assert_eq!(control.ask("!update"), format!("!failed: cpr-exec could not hand over: {ENDED}"));
+        assert_eq!(echo.follow(), exit);
+        assert_eq!((echo.process.descriptors(), echo.process.blocked_signals()), before);
+        assert!(!state.exists());
+        assert_eq!(client.ask("line"), "half-line");
+        client.send("half-");
+    }
+    command.exchange(&echo_program());
+    assert!(control.ask("!update").starts_with("!updated to generation 1 in "));
+    assert_eq!(client.ask("line"), "half-line");
+    no_process_is_left(echo);
+}
+
+#[test]
+fn a_program_that_ends_after_the_commit_has_taken_the_server_with_it() {
+    let dir = tempfile::tempdir().unwrap();
+    let command = Exchangeable::new(&dir, &new_program(&dir, "commits"));
+    let echo = Echo::start(&["--command", command.path()]);
+    let mut client = echo.connect();
+    client.send("!update\n");
+    // The keeper does not take back what was the other's.
+    let mut rest = String::new();
+    match client.0.read_to_string(&mut rest) {
+        Ok(_) => assert_eq!(rest, ""),
+        Err(error) => assert_eq!(error.kind(), std::io::ErrorKind::ConnectionReset),
+    }
+    no_process_is_left(echo);
+}
+
+#[test]
+fn connections_survive_programs_that_end_under_traffic() {
+    let dir = tempfile::tempdir().unwrap();
+    let programs = [executable(&dir, "false", "#!/bin/sh\nexec false\n"), new_program(&dir, "ends")];
+    let command = Exchangeable::new(&dir, &echo_program());
+    let mut echo = Echo::start(&["--command", command.path()]);
+    let mut control = echo.connect();
+    let traffic = Traffic::start(echo.connect(), echo.connect());
+    for generation in 1..=UPDATES / 4 {
+        for program in &programs {
+            let progress = traffic.progress();
+            command.exchange(program);
+            control.send("!update\nhalf-");
+            let answer = control.line();
+            assert!(answer.starts_with("!failed: ") && answer.ends_with(ENDED), "{answer}");
+            echo.follow();
+            assert_eq!(control.ask("line"), "half-line");
+            traffic.goes_on_from(progress);
+        }
+        let progress = traffic.progress();
+        command.exchange(&echo_program());
+        control.send("!update\nhalf-");
+        let answer = control.line();
+        assert!(answer.starts_with(&format!("!updated to generation {generation} in ")), "{answer}");
+        assert_eq!(control.ask("line"), "half-line");
+        traffic.goes_on_from(progress);
+        wait_until("the keeper's end", || echo.process.children().is_empty());
+    }
+    traffic.end();
+    no_process_is_left(echo);
 }

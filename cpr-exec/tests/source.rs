@@ -4,10 +4,9 @@ use std::path::Path;
 use std::time::Instant;
 
 use cpr_core::error::BoxError;
-use cpr_core::frame::Frame;
+use cpr_core::frame::{Frame, FrameWriter};
 use cpr_core::{
-    GuestActivity, Host, MemoryRegion, Outcome, Services, StateWriter, Step, TerminalAction, Update,
-    UpdateError,
+    GuestActivity, Host, MemoryRegion, Outcome, Services, Step, TerminalAction, Update, UpdateError,
 };
 use cpr_exec::{CprExec, MainChannel};
 
@@ -31,8 +30,8 @@ impl Host for Idle {
         Ok(())
     }
 
-    fn save(&mut self, state: &mut StateWriter) -> Result<(), BoxError> {
-        Ok(state.main.put("idle", 0, 1, vec![1, 2, 3])?)
+    fn save(&mut self, main: &mut FrameWriter) -> Result<(), BoxError> {
+        Ok(main.put("idle", 0, 1, vec![1, 2, 3])?)
     }
 
     fn load(&mut self, _: &mut Frame) -> Result<(), BoxError> {
@@ -77,11 +76,11 @@ fn a_last_act_that_was_cancelled_executes_nothing() {
         );
         // The host was to drop it. One that runs it all the same keeps its guest.
         let mask = oslib::signals::current().unwrap();
-        let error = action();
+        let error = action().unwrap_err();
         assert_eq!(error.to_string(), "the update ended before it was executed");
         assert_eq!(oslib::signals::current().unwrap(), mask);
-        match update.terminal_failed(&mut host, error) {
-            Outcome::Failed { error: UpdateError::Over, guest: Ok(()) } => {}
+        match update.terminal_returned(&mut host, Err(error)) {
+            Step::Finished(Outcome::Failed { error: UpdateError::Over, guest: Ok(()) }) => {}
             other => panic!("{other:?}"),
         }
         assert_eq!(names(&services), [""; 0]);

@@ -153,6 +153,12 @@ enum Program {
     Descriptor(OwnedFd),
 }
 
+/// A system call by number, with its arguments in the kernel's order.
+pub(crate) struct SystemCall {
+    pub(crate) number: isize,
+    pub(crate) arguments: [usize; 5],
+}
+
 // SAFETY: the pointers lead only to the strings that the struct itself owns, and nothing changes either after it was
 // made.
 unsafe impl Send for PreparedExec {}
@@ -220,6 +226,25 @@ impl PreparedExec {
         arguments.push(std::ptr::null());
         environment.push(std::ptr::null());
         Ok(PreparedExec { program, _strings: strings, arguments, environment })
+    }
+
+    /// The system call that [`PreparedExec::run`] makes. Its pointers are valid as long as `self`.
+    pub(crate) fn system_call(&self) -> SystemCall {
+        let (argv, envp) = (self.arguments.as_ptr() as usize, self.environment.as_ptr() as usize);
+        match &self.program {
+            Program::Path(path) => SystemCall {
+                number: libc::SYS_execve as isize,
+                arguments: [path.as_ptr() as usize, argv, envp, 0, 0],
+            },
+            Program::Descriptor(fd) => {
+                // The number of a descriptor is never negative.
+                let fd = fd.as_raw_fd().cast_unsigned() as usize;
+                SystemCall {
+                    number: libc::SYS_execveat as isize,
+                    arguments: [fd, c"".as_ptr() as usize, argv, envp, libc::AT_EMPTY_PATH as usize],
+                }
+            }
+        }
     }
 
     /// Replaces this program by the prepared one. Returns only if that failed; then nothing has changed.

@@ -13,7 +13,7 @@
 //! | memory with a descriptor | [`memfd`], [`mod@shared`], [`mapping`] |
 //! | descriptors across processes | [`scm`], [`uds`] |
 //! | processes | [`pidfd`], [`process`], [`keeper`] |
-//! | wake-ups, signals, time, terminals | [`eventfd`], [`signals`], [`clock`], [`term`], [`stream`], [`scheduling`] |
+//! | wake-ups, signals, time, terminals | [`eventfd`], [`signals`], [`clock`], [`term`], [`stream`] |
 //!
 //! Linux 5.14 or later on x86-64. Process and thread ids are `u32`, as in [`std::process::id`]; signals are plain
 //! `i32` numbers, because real-time signals have no names.
@@ -32,7 +32,6 @@ pub mod mapping;
 pub mod memfd;
 pub mod pidfd;
 pub mod process;
-pub mod scheduling;
 pub mod scm;
 pub mod shared;
 pub mod signals;

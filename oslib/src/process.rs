@@ -1,9 +1,10 @@
-#![allow(unsafe_code, reason = "no crate in use here wraps sched_setscheduler")]
+#![allow(unsafe_code, reason = "sched_setscheduler and close_range are called directly")]
 //! What a process holds, as seen from outside, and a few attributes of the calling one.
 //!
 //! The questions are for leak tests and reports: descriptors, threads, memory, as `/proc` tells them (proc(5)). They say
 //! what was so at one moment; nothing here may decide who owns a descriptor.
 
+use std::ffi::{CStr, CString};
 use std::fs;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, RawFd};
@@ -14,6 +15,43 @@ use nix::fcntl::{FcntlArg, OFlag, fcntl};
 use nix::sys::signal::Signal;
 use nix::sys::{prctl, stat::Mode};
 use nix::unistd::{SysconfVar, sysconf};
+
+/// How nice a process is that has stepped aside: about a tenth of the CPU time of an ordinary one.
+const ASIDE: i32 = 10;
+
+/// Ends this process in the way that disturbs others least, at once and without running any handler or destructor.
+///
+/// First it closes all descriptors but those in `slow`, whose last close takes long: peers see the end of their connections
+/// now. Then it steps down in priority, offers itself to the OOM killer, and leaves the rest, which is to tear down its
+/// address space, to the kernel.
+pub fn step_aside(mut slow: Vec<RawFd>, code: i32) -> ! {
+    slow.retain(|&fd| fd >= 0);
+    slow.sort_unstable();
+    let mut from = 0;
+    for number in slow.into_iter().map(RawFd::cast_unsigned) {
+        if from < number {
+            close_range(from, number - 1);
+        }
+        from = from.max(number + 1);
+    }
+    close_range(from, u32::MAX);
+    // Not SCHED_IDLE: beside guests that keep every CPU busy it would hardly run at all, and it would do so holding what
+    // others wait for (the kernel's SRCU of MMU notifiers, which all VMs share).
+    let parameters = libc::sched_param { sched_priority: 0 };
+    // SAFETY: the parameters outlive the call, which only reads them; process 0 is the caller.
+    unsafe {
+        libc::sched_setscheduler(0, libc::SCHED_BATCH, &raw const parameters);
+        libc::setpriority(libc::PRIO_PROCESS, 0, ASIDE);
+    }
+    let _ = fs::write("/proc/self/oom_score_adj", "1000");
+    // SAFETY: ends the process.
+    unsafe { libc::_exit(code) }
+}
+
+fn close_range(first: u32, last: u32) {
+    // SAFETY: takes no pointer. Whatever owns one of these descriptors is never used again: its process ends.
+    unsafe { libc::syscall(libc::SYS_close_range, first, last, 0) };
+}
 
 /// Schedules `pid` as an ordinary process again, if it stepped down (sched(7), setpriority(2)).
 ///
@@ -29,6 +67,24 @@ pub fn schedule_normally(pid: u32) -> io::Result<()> {
     // SAFETY: takes no pointer.
     nix::errno::Errno::result(unsafe { libc::setpriority(libc::PRIO_PROCESS, pid.cast_unsigned(), 0) })?;
     Ok(())
+}
+
+/// The name of this process, at most 15 bytes: what ps(1) calls its command.
+///
+/// # Errors
+/// Those of reading `/proc/self/comm`.
+pub fn name() -> io::Result<CString> {
+    let mut name = fs::read("/proc/self/comm")?;
+    name.retain(|&byte| byte != b'\n' && byte != 0);
+    Ok(CString::new(name)?)
+}
+
+/// Gives this process, by its calling thread, another [name](name).
+///
+/// # Errors
+/// None that the kernel documents.
+pub fn set_name(name: &CStr) -> io::Result<()> {
+    Ok(prctl::set_name(name)?)
 }
 
 /// The numbers of the descriptors that this process has open, ascending.
@@ -209,6 +265,17 @@ mod tests {
         let block = vec![1u8; 64 << 20];
         assert!(rss_bytes(std::process::id()).unwrap() > before + (32 << 20));
         drop(std::hint::black_box(block));
+    }
+
+    #[test]
+    fn a_process_has_a_name() {
+        std::thread::spawn(|| {
+            set_name(c"renamed").unwrap();
+            assert_eq!(fs::read_to_string("/proc/thread-self/comm").unwrap(), "renamed\n");
+        })
+        .join()
+        .unwrap();
+        assert!(!name().unwrap().is_empty() && name().unwrap().as_bytes() != b"renamed");
     }
 
     #[test]

@@ -12,7 +12,9 @@ use std::ops::Deref;
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
 use std::sync::atomic::AtomicU64;
+use std::time::Duration;
 
+use nix::errno::Errno;
 use nix::sys::statfs::{HUGETLBFS_MAGIC, fstatfs};
 
 use crate::memfd::{self, Memfd, Seals};
@@ -132,6 +134,39 @@ pub struct SharedWord {
 }
 
 impl SharedWord {
+    /// Waits until somebody calls [`wake`](Self::wake), `timeout` at most, unless the low 32 bits are not those of
+    /// `expected` by now. May return early for no reason: look at the word again.
+    ///
+    /// # Errors
+    /// None that are not mistakes of this function; being late or early is no error.
+    pub fn wait(&self, expected: u64, timeout: Duration) -> io::Result<()> {
+        let timeout = libc::timespec {
+            tv_sec: timeout.as_secs().min(i32::MAX as u64) as i64,
+            tv_nsec: timeout.subsec_nanos().into(),
+        };
+        // SAFETY: the word lies in a mapping that `self` keeps; the kernel compares its first four bytes, which are the low
+        // half on this little-endian machine, and reads the timeout.
+        let result = unsafe {
+            libc::syscall(
+                libc::SYS_futex,
+                self.as_ptr(),
+                libc::FUTEX_WAIT,
+                expected as u32,
+                &raw const timeout,
+            )
+        };
+        match Errno::result(result) {
+            Ok(_) | Err(Errno::EAGAIN | Errno::EINTR | Errno::ETIMEDOUT) => Ok(()),
+            Err(error) => Err(error.into()),
+        }
+    }
+
+    /// Wakes everybody who waits for this word, in every process. Store the new value first.
+    pub fn wake(&self) {
+        // SAFETY: as in `wait`; this reads nothing.
+        unsafe { libc::syscall(libc::SYS_futex, self.as_ptr(), libc::FUTEX_WAKE, i32::MAX) };
+    }
+
     /// All the words of its mapping.
     pub fn all(&self) -> &SharedWords {
         &self.words
@@ -197,6 +232,28 @@ mod tests {
             }
         }
         assert!(SharedWords::create("vast", usize::MAX).is_err());
+    }
+
+    #[test]
+    fn a_wait_ends_by_a_wake_a_change_or_in_time() {
+        let words = SharedWords::create("futex", 1).unwrap();
+        let theirs = SharedWords::map(words.fd().clone()).unwrap().word(1).unwrap();
+        let ours = words.word(1).unwrap();
+        ours.wait(0, Duration::from_millis(1)).unwrap();
+        let long = Duration::from_secs(30);
+        let waiter = std::thread::spawn(move || {
+            while theirs.load(SeqCst) == 0 {
+                theirs.wait(0, long).unwrap();
+            }
+            theirs.load(SeqCst)
+        });
+        std::thread::sleep(Duration::from_millis(10));
+        ours.store(3, SeqCst);
+        ours.wake();
+        assert_eq!(waiter.join().unwrap(), 3);
+        let begin = std::time::Instant::now();
+        ours.wait(0, long).unwrap();
+        assert!(begin.elapsed() < long, "the value is another one already");
     }
 
     #[test]

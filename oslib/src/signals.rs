@@ -244,6 +244,11 @@ impl ThreadId {
     pub const fn as_u32(self) -> u32 {
         self.0
     }
+
+    /// Whether it is the main thread of the calling process, which has the number of the process.
+    pub fn is_main(self) -> bool {
+        self.0 == std::process::id()
+    }
 }
 
 /// Sends `signal` to one thread of this process.

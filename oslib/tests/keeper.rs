@@ -4,9 +4,8 @@
 //! threads cannot do. The first process only starts them and looks at how they end.
 
 use std::ffi::OsString;
-use std::io::{self, BufRead, BufReader, Read};
-use std::net::Shutdown;
-use std::os::fd::{AsFd, AsRawFd, RawFd};
+use std::io::{self, BufRead, BufReader, Read, Write};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, RawFd};
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::process::{Child, Command, ExitCode, Stdio};
@@ -14,11 +13,9 @@ use std::sync::atomic::Ordering::SeqCst;
 use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
-use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::wait::{WaitPidFlag, waitpid};
-use oslib::eventfd::EventFd;
-use oslib::exec::{PreparedExec, exec};
-use oslib::keeper::{Keeper, KeeperPlan};
+use oslib::exec::PreparedExec;
+use oslib::keeper::{Departed, Keeper};
 use oslib::mapping::SharedMapping;
 use oslib::memfd::Memfd;
 use oslib::pidfd::{Exit, PidFd};
@@ -27,20 +24,17 @@ use oslib::{clock, cloexec, inherited, process, signals};
 
 /// Which part of which scenario a process plays. Absent: the one that starts them.
 const ROLE: &str = "OSLIB_KEEPER_TEST_ROLE";
-const RUNNING: u64 = 7;
-const COMMITTED: u64 = 8;
 const RAM_BYTES: u64 = 256 << 20;
 const PATIENCE: Duration = Duration::from_secs(30);
 const NO_ENV: [(&str, &str); 0] = [];
 
-const SCENARIOS: [(&str, fn()); 7] = [
-    ("exec_then_commit", exec_then_commit),
-    ("commit_without_a_ring", || exec_into("unrung-target", 16 << 20)),
+const SCENARIOS: [(&str, fn()); 6] = [
+    ("the_image_goes_on_in_the_keeper", || exec_into("target", RAM_BYTES)),
+    ("and_can_leave_its_process_again", leave_twice),
     ("failed_exec_leaves_nothing", failed_exec_leaves_nothing),
-    ("target_killed_without_commit", || orphan("exec-and-hang", true, Exit::Exited(1))),
-    ("source_killed_before_exec", || orphan("hang", true, Exit::Exited(1))),
-    ("target_ends_after_commit_without_ring", || orphan("commit-and-end", false, Exit::Exited(0))),
-    ("keeper_that_was_killed_is_cancelled", keeper_that_was_killed_is_cancelled),
+    ("source_killed_before_exec", source_killed_before_exec),
+    ("target_killed_at_once", target_killed_at_once),
+    ("what_is_refused", what_is_refused),
 ];
 
 fn main() -> ExitCode {
@@ -77,12 +71,9 @@ fn main() -> ExitCode {
 fn play(role: &str, arguments: &[String]) {
     match role {
         "target" => target(arguments),
-        "unrung-target" => unrung_target(arguments),
-        "exec-and-hang" => exec_into("hanging-target", RAM_BYTES),
-        "hanging-target" => hanging_target(arguments),
+        "second-target" => second_target(arguments),
         "hang" => hang_before_exec(),
-        "commit-and-end" => exec_into("ending-target", 1 << 20),
-        "ending-target" => ending_target(arguments),
+        "exec-true" => exec_true(),
         other => panic!("no role {other}"),
     }
 }
@@ -94,7 +85,7 @@ fn me(role: &str) -> Command {
     command
 }
 
-/// RAM as a source has it: a mapping whose page tables are populated, which an exec has to tear down.
+/// RAM as a source has it: a mapping whose page tables are populated, which an exec would have to tear down.
 fn populate(bytes: u64) -> SharedMapping {
     let ram = SharedMapping::map(Memfd::new("ram").len(bytes).seal_size().create().unwrap(), bytes).unwrap();
     for offset in (0..bytes).step_by(4096) {
@@ -103,11 +94,26 @@ fn populate(bytes: u64) -> SharedMapping {
     ram
 }
 
-fn word_and_doorbell() -> (SharedWord, EventFd) {
-    let words = SharedWords::create("ownership", 1).unwrap();
-    let word = words.word(0).unwrap();
-    word.store(RUNNING, SeqCst);
-    (word, EventFd::new().unwrap())
+fn shared_word() -> SharedWord {
+    SharedWords::create("word", 1).unwrap().word(0).unwrap()
+}
+
+/// Waits until the other process has stored `value`.
+fn await_value(word: &SharedWord, value: u64) {
+    let deadline = Instant::now() + PATIENCE;
+    loop {
+        let now = word.load(SeqCst);
+        if now == value {
+            return;
+        }
+        assert!(Instant::now() < deadline, "{now} instead of {value}");
+        word.wait(now, Duration::from_millis(100)).unwrap();
+    }
+}
+
+fn tell(word: &SharedWord, value: u64) {
+    word.store(value, SeqCst);
+    word.wake();
 }
 
 fn assert_no_children() {
@@ -122,181 +128,146 @@ fn split(numbers: &str) -> Vec<RawFd> {
     numbers.split(',').map(|number| number.parse().unwrap()).collect()
 }
 
-// ---- Source: spawn the keeper, execute the target.
-
-fn exec_then_commit() {
-    exec_into("target", RAM_BYTES);
+thread_local! {
+    static OF_THE_MAIN_THREAD: std::cell::Cell<u32> = const { std::cell::Cell::new(0) };
 }
 
-/// Plays the source up to its exec. The target gets, as arguments: the descriptors that were there at the start; the four
-/// it takes over; the keeper's pid; when the exec began.
+/// Leaves this process to `role` of this program; the arguments are: the descriptors that were there at the start, the
+/// preserved ones, the keeper's pid, when the exec began.
+fn leave_to(role: &str, at_start: &[RawFd], preserved: &[BorrowedFd<'_>]) -> Departed {
+    signals::block_all().unwrap();
+    let numbers: Vec<_> = preserved.iter().map(|fd| fd.as_raw_fd()).collect();
+    preserved.iter().for_each(|fd| cloexec::clear(fd).unwrap());
+    let keeper = Keeper::spawn().unwrap();
+    let (pid, began_ns) = (keeper.pid().to_string(), clock::monotonic_ns().to_string());
+    let args = [role, &join(at_start), &join(&numbers), &pid, &began_ns].map(OsString::from);
+    let exec = PreparedExec::new("/proc/self/exe", args, [(ROLE, role)]).unwrap();
+    keeper.exec(&exec).unwrap()
+}
+
+// ---- Source, and what becomes of it in the keeper.
+
 fn exec_into(target: &str, ram_bytes: u64) {
     let at_start = process::open_fds().unwrap();
-    let _ram = populate(ram_bytes);
-    let (word, doorbell) = word_and_doorbell();
-    // A connection that the source alone has, and one that stands for a descriptor of KVM.
-    let (_ours, peer) = UnixStream::pair().unwrap();
-    let (kvm, kvm_peer) = UnixStream::pair().unwrap();
-    // Threads are parked, not joined: the exec ends them.
+    let ram = populate(ram_bytes);
+    let word = shared_word();
+    // A connection that the source alone has.
+    let (ours, mut peer) = UnixStream::pair().unwrap();
+    // Exec ends threads where they stand, so no lock may be held by one.
     for _ in 0..3 {
         std::thread::spawn(std::thread::park);
     }
+    std::thread::sleep(Duration::from_millis(20));
+    let on_the_heap: Vec<u32> = (0..1000).collect();
+    let on_the_stack = [0x5a5a_u64; 64];
+    OF_THE_MAIN_THREAD.set(77);
+    let floating = std::hint::black_box(1.25_f64);
+    let source_pid = std::process::id();
 
-    let preserved = [word.all().fd().as_fd(), doorbell.as_fd(), peer.as_fd(), kvm_peer.as_fd()];
-    let numbers = preserved.map(|fd| fd.as_raw_fd());
-    let plan = KeeperPlan {
-        commit: doorbell.as_fd(),
-        word: word.clone(),
-        committed: COMMITTED,
-        keep_fds: vec![kvm.as_raw_fd()],
-    };
-    let keeper = Keeper::spawn(plan).unwrap();
-    preserved.iter().for_each(|fd| cloexec::clear(fd).unwrap());
-    let (pid, began_ns) = (keeper.pid().to_string(), clock::monotonic_ns().to_string());
-    let args = [target, &join(&at_start), &join(&numbers), &pid, &began_ns].map(OsString::from);
-    let exec = PreparedExec::new("/proc/self/exe", args, [(ROLE, target)]).unwrap();
-    panic!("exec failed: {}", exec.run());
+    let departed = leave_to(target, &at_start, &[word.all().fd().as_fd(), ours.as_fd()]);
+
+    // In the keeper: another process, with everything else as it was.
+    assert_ne!(std::process::id(), source_pid);
+    assert_eq!(nix::unistd::getppid().as_raw().cast_unsigned(), source_pid);
+    assert_eq!(process::thread_names(std::process::id()).unwrap(), ["cpr-keeper"]);
+    assert!(!departed.successor.is_exited().unwrap());
+    assert_eq!(on_the_heap.iter().sum::<u32>(), 499_500);
+    assert!(on_the_stack.iter().all(|word| *word == 0x5a5a) && floating * 4.0 == 5.0);
+    assert_eq!(OF_THE_MAIN_THREAD.get(), 77);
+    assert_eq!(ram.read_u64(4096).unwrap(), 4096);
+    let never_blocked = 1 << (libc::SIGKILL - 1) | 1 << (libc::SIGSTOP - 1);
+    assert_eq!(signals::current().unwrap().bits() | never_blocked | 3 << 31, u64::MAX);
+    // It can do what a program does: allocate, start threads and join them, panic and catch it, talk.
+    let threads: Vec<_> = (0..8_u64)
+        .map(|n| {
+            std::thread::spawn(move || (0..20_000).map(|i| format!("{i}").len() as u64).sum::<u64>() + n)
+        })
+        .collect();
+    let sums: Vec<u64> = threads.into_iter().map(|thread| thread.join().unwrap()).collect();
+    assert_eq!(sums[7] - sums[0], 7);
+    let caught = std::panic::catch_unwind(|| std::panic::resume_unwind(Box::new(5_u8)));
+    assert_eq!(caught.unwrap_err().downcast_ref(), Some(&5_u8));
+    peer.write_all(b"from the old program").unwrap();
+    deep(200);
+
+    tell(&word, 1);
+    await_value(&word, 2);
+    tell(&word, 3);
+    process::step_aside(vec![], 42);
 }
 
-// ---- Target: what is there after the exec.
-
-struct Target {
-    word: SharedWord,
-    doorbell: EventFd,
-    peer: UnixStream,
-    kvm_peer: UnixStream,
-    keeper_pid: u32,
-    keeper: PidFd,
-    exec_ns: u64,
-}
-
-impl Target {
-    fn take_over(arguments: &[String]) -> Self {
-        let now_ns = clock::monotonic_ns();
-        let [at_start, preserved, keeper_pid, began_ns] = arguments else { panic!("{arguments:?}") };
-        let keeper_pid = keeper_pid.parse().unwrap();
-
-        // Nothing came through the exec but what was meant to: no pidfd, no copy of the keeper's.
-        let preserved = split(preserved);
-        let mut expected = [split(at_start), preserved.clone()].concat();
-        expected.sort_unstable();
-        assert_eq!(process::open_fds().unwrap(), expected);
-        assert_eq!(process::thread_names(std::process::id()).unwrap().len(), 1);
-
-        let mut fds = preserved.iter().map(|number| inherited::take(*number).unwrap());
-        let mut next = || fds.next().unwrap();
-        let word = SharedWords::map(next()).unwrap().word(0).unwrap();
-        assert_eq!(word.load(SeqCst), RUNNING);
-        Target {
-            word,
-            doorbell: EventFd::from(next()),
-            peer: UnixStream::from(next()),
-            kvm_peer: UnixStream::from(next()),
-            keeper_pid,
-            keeper: PidFd::open(keeper_pid).unwrap(),
-            exec_ns: now_ns - began_ns.parse::<u64>().unwrap(),
-        }
-    }
-
-    fn commit(&self) {
-        assert_eq!(self.word.compare_exchange(RUNNING, COMMITTED, SeqCst, SeqCst), Ok(RUNNING));
-    }
-
-    fn keeper_status(&self, field: &str) -> String {
-        let status = std::fs::read_to_string(format!("/proc/{}/status", self.keeper_pid)).unwrap();
-        status
-            .lines()
-            .find_map(|line| line.strip_prefix(field))
-            .unwrap()
-            .trim_start_matches(':')
-            .trim()
-            .to_owned()
-    }
-}
-
-fn at_end(mut stream: &UnixStream) -> bool {
-    stream.set_nonblocking(true).unwrap();
-    match stream.read(&mut [0]) {
-        Ok(0) => true,
-        Err(error) if error.kind() == io::ErrorKind::WouldBlock => false,
-        other => panic!("{other:?}"),
-    }
+/// Uses about a megabyte of stack.
+fn deep(left: u32) -> u64 {
+    let block = std::hint::black_box([u64::from(left); 640]);
+    if left == 0 { block[0] } else { deep(left - 1) + block[639] }
 }
 
 fn target(arguments: &[String]) {
-    let target = Target::take_over(arguments);
+    let now_ns = clock::monotonic_ns();
+    let [at_start, preserved, keeper_pid, began_ns] = arguments else { panic!("{arguments:?}") };
+    let exec_ns = now_ns - began_ns.parse::<u64>().unwrap();
+    let keeper_pid: u32 = keeper_pid.parse().unwrap();
+    let keeper = PidFd::open(keeper_pid).unwrap();
 
+    // Nothing came through the exec but what was meant to: no pidfd, no copy of the keeper's.
+    let preserved = split(preserved);
+    let mut expected = [split(at_start), preserved.clone(), vec![keeper.as_fd().as_raw_fd()]].concat();
+    expected.sort_unstable();
+    assert_eq!(process::open_fds().unwrap(), expected);
+    assert_eq!(process::thread_names(std::process::id()).unwrap().len(), 1);
+    let word = SharedWords::map(inherited::take(preserved[0]).unwrap()).unwrap().word(0).unwrap();
+    let mut stream = UnixStream::from(inherited::take(preserved[1]).unwrap());
+
+    await_value(&word, 1);
     // The keeper has the old address space, this program has not.
-    // On a busy machine this program may be here before the keeper has run at all.
-    let deadline = Instant::now() + PATIENCE;
-    while process::thread_names(target.keeper_pid).unwrap() != ["cpr-keeper"] {
-        assert!(Instant::now() < deadline, "the keeper names itself");
-        std::thread::sleep(Duration::from_millis(1));
-    }
-    assert!(process::rss_bytes(target.keeper_pid).unwrap() > RAM_BYTES / 4 * 3);
+    assert!(process::rss_bytes(keeper_pid).unwrap() > RAM_BYTES / 4 * 3);
     assert!(process::rss_bytes(std::process::id()).unwrap() < RAM_BYTES / 4);
-    // It holds the old connections open, and nothing short of SIGKILL disturbs it.
-    assert!(!at_end(&target.peer) && !at_end(&target.kvm_peer));
-    let blocked = u64::from_str_radix(&target.keeper_status("SigBlk"), 16).unwrap();
-    assert_eq!(blocked | 1 << (libc::SIGKILL - 1) | 1 << (libc::SIGSTOP - 1), u64::MAX);
-    target.keeper.send_signal(libc::SIGTERM).unwrap();
-    for _ in 0..3 {
-        // Rings without a commit.
-        target.doorbell.signal().unwrap();
-        std::thread::sleep(Duration::from_millis(10));
-    }
-    let deadline = Instant::now() + PATIENCE;
-    while target.doorbell.wait(Duration::ZERO).unwrap() {
-        assert!(Instant::now() < deadline, "the keeper drains its doorbell");
-        std::thread::sleep(Duration::from_millis(1));
-    }
-    assert!(!target.keeper.is_exited().unwrap());
-    assert!(!at_end(&target.peer));
+    let mut text = [0; 20];
+    stream.read_exact(&mut text).unwrap();
+    assert_eq!(&text, b"from the old program");
+    // Nothing short of SIGKILL disturbs it.
+    keeper.send_signal(libc::SIGTERM).unwrap();
+    assert!(!keeper.wait_exited(Duration::from_millis(20)).unwrap());
 
-    let committed = Instant::now();
-    target.commit();
-    target.doorbell.signal().unwrap();
-    let mut ends =
-        [&target.peer, &target.kvm_peer].map(|stream| PollFd::new(stream.as_fd(), PollFlags::POLLIN));
-    let timeout = PollTimeout::try_from(PATIENCE).unwrap();
-    assert!(poll(&mut ends, timeout).unwrap() > 0);
-    let [peer_ended, kvm_ended] = ends.map(|end| end.any().unwrap());
-    let peer_end = committed.elapsed();
-    assert!(peer_ended, "the old connection ended later than what the keeper keeps");
-    assert!(at_end(&target.peer));
-    // The tear-down lies between the two. On a machine so busy that this process slept through it, both are there.
-    assert!(!kvm_ended || peer_end > Duration::from_millis(5), "all was closed at once, after {peer_end:?}");
-
-    assert!(target.keeper.wait_exited(PATIENCE).unwrap());
-    assert!(at_end(&target.kvm_peer));
-    let keeper_end = committed.elapsed();
+    tell(&word, 2);
+    await_value(&word, 3);
+    // The peer's end of the connection was the keeper's only: it is closed before the memory is taken down.
+    stream.set_read_timeout(Some(PATIENCE)).unwrap();
+    assert_eq!(stream.read(&mut text).unwrap(), 0);
+    assert!(keeper.wait_exited(PATIENCE).unwrap());
     // Not reaped yet, so that what it set for its tear-down can still be read.
-    let adjustment = std::fs::read_to_string(format!("/proc/{}/oom_score_adj", target.keeper_pid)).unwrap();
+    let adjustment = std::fs::read_to_string(format!("/proc/{keeper_pid}/oom_score_adj")).unwrap();
     assert_eq!(adjustment.trim(), "1000");
     assert_ne!(std::fs::read_to_string("/proc/self/oom_score_adj").unwrap().trim(), "1000");
-    let stat = std::fs::read_to_string(format!("/proc/{}/stat", target.keeper_pid)).unwrap();
+    let stat = std::fs::read_to_string(format!("/proc/{keeper_pid}/stat")).unwrap();
     let fields: Vec<_> = stat.rsplit_once(')').unwrap().1.split_ascii_whitespace().collect();
-    let (nice, policy) = (fields[16], fields[38]);
-    assert_eq!((nice, policy), ("10", &*libc::SCHED_BATCH.to_string()));
-
-    assert_eq!(target.keeper.reap().unwrap(), Exit::Exited(0));
+    assert_eq!((fields[16], fields[38]), ("10", &*libc::SCHED_BATCH.to_string()));
+    assert_eq!(keeper.reap().unwrap(), Exit::Exited(42));
     assert_no_children();
-    assert!(!Path::new(&format!("/proc/{}", target.keeper_pid)).exists());
-    println!(
-        "    {} MiB populated: exec {:.2} ms, end of the old connection {:.2} ms and of the keeper {:.2} ms after commit",
-        RAM_BYTES >> 20,
-        target.exec_ns as f64 / 1e6,
-        peer_end.as_secs_f64() * 1e3,
-        keeper_end.as_secs_f64() * 1e3,
-    );
+    println!("    {} MiB populated: exec {:.2} ms", RAM_BYTES >> 20, exec_ns as f64 / 1e6);
 }
 
-fn unrung_target(arguments: &[String]) {
-    let target = Target::take_over(arguments);
-    target.commit();
-    assert!(target.keeper.wait_exited(PATIENCE).unwrap());
-    assert_eq!(target.keeper.reap().unwrap(), Exit::Exited(0));
-    assert_no_children();
+/// The program in the keeper is a program like any other: it leaves its process once more.
+fn leave_twice() {
+    process::set_child_subreaper(true).unwrap();
+    let at_start = process::open_fds().unwrap();
+    let word = shared_word();
+    leave_to("second-target", &at_start, &[word.all().fd().as_fd()]);
+    let second = std::process::id();
+    leave_to("second-target", &at_start, &[word.all().fd().as_fd()]);
+    assert_ne!(std::process::id(), second);
+    tell(&word, word.load(SeqCst) + 100);
+    process::step_aside(vec![], 0);
+}
+
+fn second_target(arguments: &[String]) {
+    let word = SharedWords::map(inherited::take(split(&arguments[1])[0]).unwrap()).unwrap().word(0).unwrap();
+    word.fetch_add(1, SeqCst);
+    word.wake();
+    await_value(&word, 102);
+    let keeper = PidFd::open(arguments[2].parse().unwrap()).unwrap();
+    // The first target's keeper executed the second one.
+    assert_eq!(keeper.reap().unwrap(), Exit::Exited(0));
 }
 
 // ---- A failed exec.
@@ -310,111 +281,92 @@ fn holdings() -> (Vec<RawFd>, Vec<String>, signals::SignalMask) {
 }
 
 fn failed_exec_leaves_nothing() {
-    let (word, doorbell) = word_and_doorbell();
+    signals::block_all().unwrap();
     let (ours, peer) = UnixStream::pair().unwrap();
-    let attempt = |dropped: bool| {
-        let plan = KeeperPlan {
-            commit: doorbell.as_fd(),
-            word: word.clone(),
-            committed: COMMITTED,
-            keep_fds: vec![doorbell.as_raw_fd()],
-        };
-        let keeper = Keeper::spawn(plan).unwrap();
+    let missing = PreparedExec::new("/does/not/exist", ["x"], NO_ENV).unwrap();
+    let attempt = |way: u8| {
+        let keeper = Keeper::spawn().unwrap();
         assert!(cloexec::is_set(keeper.pidfd()).unwrap());
         let pid = keeper.pid();
-        assert_eq!(exec("/does/not/exist", ["x"], NO_ENV).kind(), io::ErrorKind::NotFound);
-        assert!(!keeper.pidfd().is_exited().unwrap());
-        if dropped {
-            drop(keeper)
-        } else {
-            keeper.cancel().unwrap()
+        match way {
+            0 => drop(keeper),
+            1 => keeper.cancel().unwrap(),
+            _ => assert_eq!(keeper.exec(&missing).unwrap_err().kind(), io::ErrorKind::NotFound),
         }
         assert!(!Path::new(&format!("/proc/{pid}")).exists());
         assert_no_children();
     };
     // The first round warms up the allocator.
-    attempt(false);
+    (0..3).for_each(attempt);
     let before = holdings();
-    for round in 0..50 {
-        attempt(round % 2 == 0);
-    }
+    (0..60).for_each(|round| attempt(round % 3));
     assert_eq!(holdings(), before);
-    // The word was not let go of, nor held on to.
-    assert_eq!(word.load(SeqCst), RUNNING);
-    drop(word);
-    assert!(!std::fs::read_to_string("/proc/self/maps").unwrap().contains("/memfd:ownership"));
     // No copy of the connection is left anywhere.
-    ours.shutdown(Shutdown::Read).unwrap();
     drop(ours);
-    assert!(at_end(&peer));
-}
+    assert_eq!((&peer).read(&mut [0]).unwrap(), 0);
 
-/// Somebody ended the keeper and, by ignoring SIGCHLD, even reaped it: that is as good as cancelled.
-fn keeper_that_was_killed_is_cancelled() {
-    let (word, doorbell) = word_and_doorbell();
-    let plan = || KeeperPlan {
-        commit: doorbell.as_fd(),
-        word: word.clone(),
-        committed: COMMITTED,
-        keep_fds: vec![],
-    };
-    let keeper = Keeper::spawn(plan()).unwrap();
-    keeper.pidfd().send_signal(libc::SIGKILL).unwrap();
-    assert!(keeper.pidfd().wait_exited(PATIENCE).unwrap());
-    keeper.cancel().unwrap();
-
-    let keeper = Keeper::spawn(plan()).unwrap();
+    // Somebody ended the keeper and, by ignoring SIGCHLD, even reaped it: that is as good as cancelled.
+    let keeper = Keeper::spawn().unwrap();
     keeper.pidfd().send_signal(libc::SIGKILL).unwrap();
     assert_eq!(keeper.pidfd().reap().unwrap(), Exit::Signaled(libc::SIGKILL));
     keeper.cancel().unwrap();
-    assert_no_children();
+    // And the program runs on as ever.
+    std::thread::spawn(|| ()).join().unwrap();
 }
 
-// ---- Nobody commits.
+fn what_is_refused() {
+    let other = std::thread::spawn(|| Keeper::spawn().unwrap_err().kind()).join().unwrap();
+    assert_eq!(other, io::ErrorKind::InvalidInput);
+    signals::block_all().unwrap();
+    let first = Keeper::spawn().unwrap();
+    assert_eq!(Keeper::spawn().unwrap_err().kind(), io::ErrorKind::ResourceBusy);
+    first.cancel().unwrap();
+    Keeper::spawn().unwrap().cancel().unwrap();
+}
 
-/// Starts `source`, whose standard output names its keeper, has it end, and expects the keeper, an orphan that this process
-/// inherits, to end as `expected`.
-fn orphan(source: &str, kill: bool, expected: Exit) {
+// ---- Ends that nobody planned.
+
+/// Starts `source`, whose standard output names its keeper, which this process inherits.
+fn orphan(source: &str) -> (Child, PidFd) {
     process::set_child_subreaper(true).unwrap();
     let mut child = me(source).stdout(Stdio::piped()).spawn().unwrap();
-    let keeper_pid = first_line(&mut child).parse().unwrap();
-    let keeper = PidFd::open(keeper_pid).unwrap();
-    let (watch, number) = (PidFd::open(child.id()).unwrap(), child.id());
-    if kill {
-        assert!(!keeper.wait_exited(Duration::from_millis(20)).unwrap());
-        watch.send_signal(libc::SIGKILL).unwrap();
-    }
-    let status = child.wait().unwrap();
-    assert_eq!(status.success(), !kill, "{number}: {status}");
-    assert!(keeper.wait_exited(PATIENCE).unwrap());
-    assert_eq!(keeper.reap().unwrap(), expected);
-    assert_no_children();
-}
-
-fn first_line(child: &mut Child) -> String {
     let mut line = String::new();
     BufReader::new(child.stdout.as_mut().unwrap()).read_line(&mut line).unwrap();
-    line.trim_end().to_owned()
+    let keeper = PidFd::open(line.trim_end().parse().unwrap()).unwrap();
+    (child, keeper)
 }
 
-fn hanging_target(arguments: &[String]) {
-    let target = Target::take_over(arguments);
-    println!("{}", target.keeper_pid);
-    std::thread::sleep(PATIENCE * 2);
-}
-
-fn ending_target(arguments: &[String]) {
-    let target = Target::take_over(arguments);
-    // The parent opens the keeper while it certainly exists.
-    println!("{}", target.keeper_pid);
-    std::thread::sleep(Duration::from_millis(200));
-    target.commit();
+fn source_killed_before_exec() {
+    let (mut child, keeper) = orphan("hang");
+    assert!(!keeper.wait_exited(Duration::from_millis(20)).unwrap());
+    child.kill().unwrap();
+    child.wait().unwrap();
+    assert!(keeper.wait_exited(PATIENCE).unwrap());
+    assert_eq!(keeper.reap().unwrap(), Exit::Exited(1));
+    assert_no_children();
 }
 
 fn hang_before_exec() {
-    let (word, doorbell) = word_and_doorbell();
-    let plan = KeeperPlan { commit: doorbell.as_fd(), word, committed: COMMITTED, keep_fds: vec![] };
-    let keeper = Keeper::spawn(plan).unwrap();
+    signals::block_all().unwrap();
+    let keeper = Keeper::spawn().unwrap();
     println!("{}", keeper.pid());
     std::thread::sleep(PATIENCE * 2);
+}
+
+/// The target ends as soon as it runs; the old program sees it, and has all that it needs to go on.
+fn target_killed_at_once() {
+    let (mut child, keeper) = orphan("exec-true");
+    assert!(child.wait().unwrap().success());
+    assert!(keeper.wait_exited(PATIENCE).unwrap());
+    assert_eq!(keeper.reap().unwrap(), Exit::Exited(9));
+}
+
+fn exec_true() {
+    signals::block_all().unwrap();
+    let keeper = Keeper::spawn().unwrap();
+    println!("{}", keeper.pid());
+    let exec = PreparedExec::new("/bin/true", ["true"], NO_ENV).unwrap();
+    let departed = keeper.exec(&exec).unwrap();
+    assert!(departed.successor.wait_exited(PATIENCE).unwrap());
+    process::step_aside(vec![], 9);
 }

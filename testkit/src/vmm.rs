@@ -220,6 +220,9 @@ impl VmmBuilder {
     }
 }
 
+/// signal(7).
+const SIGKILL: i32 = 9;
+
 /// A running `cpr-vmm`.
 pub struct Vmm {
     pid: u32,
@@ -423,5 +426,16 @@ impl Drop for Vmm {
     fn drop(&mut self) {
         let _ = self.child.kill();
         let _ = self.child.wait();
+        // An update that was under way leaves the guest to another process, which is to end as well.
+        for _ in 0..100 {
+            let left = self.processes();
+            if left.is_empty() {
+                return;
+            }
+            for pid in left {
+                let _ = process::send_signal(pid, SIGKILL);
+            }
+            std::thread::sleep(Duration::from_millis(5));
+        }
     }
 }

@@ -139,6 +139,19 @@ impl Output {
         !self.lock().pending.is_empty()
     }
 
+    /// What the peer has not taken yet.
+    pub fn pending(&self) -> Vec<u8> {
+        self.lock().pending.iter().copied().collect()
+    }
+
+    /// Sends `bytes` before everything that is pending.
+    pub fn write_first(&self, bytes: &[u8]) {
+        let mut state = self.lock();
+        let rest = std::mem::replace(&mut state.pending, bytes.to_vec().into());
+        state.pending.extend(rest);
+        state.flush();
+    }
+
     fn connect(&self, sink: Sink, pending: Vec<u8>) {
         *self.lock() = OutputState { sink, pending: pending.into(), dropped: 0 };
     }
@@ -148,6 +161,17 @@ impl SerialSink for Output {
     fn write(&mut self, bytes: &[u8]) {
         Output::write(self, bytes);
     }
+}
+
+/// What the loop is to watch of a chardev.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Direction {
+    /// Input, new connections, and room for pending output.
+    Both,
+    /// As [`Both`](Self::Both), but for input: its front end takes none now.
+    NoInput,
+    /// Room for pending output, and nothing else: input is another program's.
+    Output,
 }
 
 /// What reading gave.
@@ -283,9 +307,10 @@ impl Chardev {
         }
     }
 
-    /// What the loop should watch for chardev number `at`. `wants_input`: its front end takes bytes now.
-    pub fn interests(&self, at: usize, wants_input: bool) -> Vec<Interest> {
+    /// What the loop should watch for chardev number `at`.
+    pub fn interests(&self, at: usize, direction: Direction) -> Vec<Interest> {
         let mut interests = Vec::new();
+        let wants_input = direction == Direction::Both;
         match &self.kind {
             Kind::Null => {}
             Kind::Stdio { input, .. } => {
@@ -293,6 +318,7 @@ impl Chardev {
                     input.iter().filter(|_| wants_input).map(|fd| Interest::read(fd, Token::Peer(at))),
                 );
             }
+            _ if direction == Direction::Output => {}
             Kind::Socket { listener: Some(listener), connection: None, .. } => {
                 interests.push(Interest::read(listener, Token::Accept(at)));
             }
@@ -371,13 +397,12 @@ impl Chardev {
         Input::Closed
     }
 
-    /// What the next program needs, besides the descriptors.
-    pub fn save(&self) -> ChardevState {
+    /// What the next program needs, besides the descriptors. `pending`: output that it is to send.
+    pub fn save(&self, pending: Vec<u8>) -> ChardevState {
         let original = match &self.kind {
             Kind::Stdio { original, .. } => original.as_ref(),
             Kind::Socket { .. } | Kind::Null | Kind::File => None,
         };
-        let pending = self.output.lock().pending.iter().copied().collect();
         ChardevState {
             identity: self.identity.clone(),
             connected: self.is_connected(),

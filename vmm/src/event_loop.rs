@@ -28,6 +28,8 @@ pub enum Token {
     Output(usize),
     /// A keeper ended.
     Keeper,
+    /// The update under way can go on.
+    Update,
 }
 
 /// A descriptor that is ready.

@@ -200,8 +200,10 @@ impl Progress {
         let phases: Vec<_> =
             report.phases.iter().map(|phase| json!({ "name": phase.name, "us": us(phase.ns) })).collect();
         let mut cpr = json!({ "mode": self.mode, "generation": self.generation, "phases": phases });
-        if let Some(ns) = report.blackout_ns {
-            cpr["blackout-us"] = us(ns);
+        for (key, ns) in [("blackout-us", report.blackout_ns), ("departure-us", report.departure_ns)] {
+            if let Some(ns) = ns {
+                cpr[key] = us(ns);
+            }
         }
         info.insert("cpr".into(), cpr);
     }

@@ -33,6 +33,17 @@ pub struct Arriving {
     pub(crate) main: MainChannel,
 }
 
+impl Arriving {
+    /// The user ends this program before it has the guest: nobody goes on with it.
+    pub fn forgo(self) {
+        let ended = self.incoming.forgo().map_err(anyhow::Error::from);
+        let told = self.exec.keeper.map_or(Ok(()), |keeper| keeper.release());
+        if let Err(error) = ended.and(told.map_err(Into::into)) {
+            tracing::warn!(%error, "the guest goes on without this program");
+        }
+    }
+}
+
 /// What remains of an [`ExecArrival`] once the core has taken its part.
 pub struct ExecRest {
     pub(crate) keeper: Option<cpr_exec::KeeperEnd>,
@@ -128,9 +139,9 @@ fn build(
     }
     let memory = open_memory(&config.memory, &services.registry, arriving.is_some())?;
     let ram = GuestRam::map(&memory)?;
-    let (mut states, settings, named_fds) = match early {
-        Some(EarlyState { chardevs, settings, named_fds }) => {
-            (chardevs, settings, app::find_named_fds(&named_fds, &services.registry))
+    let (mut states, settings, named_fds, cpuid) = match early {
+        Some(EarlyState { chardevs, settings, named_fds, cpuid }) => {
+            (chardevs, settings, app::find_named_fds(&named_fds, &services.registry), cpuid)
         }
         None => Default::default(),
     };
@@ -161,6 +172,11 @@ fn build(
         observer: observer.clone(),
     })?;
     if let Some(arriving) = &arriving {
+        if arriving.exec.source.is_live() {
+            // The guest runs meanwhile, so everything that can be done now is.
+            machine.preset_cpuid(&cpuid)?;
+            machine.ready()?;
+        }
         arriving.incoming.control().timeline().stamp(Stamp::Built);
     }
     let run_state = if arriving.is_some() { RunState::InMigrate } else { RunState::Prelaunch };

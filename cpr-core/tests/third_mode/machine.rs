@@ -9,10 +9,10 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use cpr_core::error::BoxError;
-use cpr_core::frame::Frame;
+use cpr_core::frame::{Frame, FrameWriter};
 use cpr_core::{
-    Backing, CprMode, FdKind, FdPolicy, GuestActivity, Host, MemoryRegion, Outcome, Services, StateWriter,
-    Step, TerminalAction, Update,
+    Backing, CprMode, FdKind, FdPolicy, GuestActivity, Host, MemoryRegion, Outcome, Services, Step,
+    TerminalAction, Update,
 };
 use oslib::memfd::Memfd;
 
@@ -86,7 +86,7 @@ impl Machine {
                 Step::Again => {}
                 Step::Wait(wait) => {
                     let ready = |fd: &Arc<OwnedFd>| oslib::stream::is_readable(&**fd).unwrap();
-                    while !wait.fd.as_ref().is_some_and(ready)
+                    while !wait.fds.iter().any(ready)
                         && wait.deadline.is_none_or(|deadline| Instant::now() < deadline)
                     {
                         std::thread::sleep(std::time::Duration::from_millis(1));
@@ -118,8 +118,8 @@ impl Host for Machine {
         Ok(())
     }
 
-    fn save(&mut self, state: &mut StateWriter) -> Result<(), BoxError> {
-        Ok(state.main.put_value("machine", 0, 1, &self.commands)?)
+    fn save(&mut self, main: &mut FrameWriter) -> Result<(), BoxError> {
+        Ok(main.put_value("machine", 0, 1, &self.commands)?)
     }
 
     fn load(&mut self, main: &mut Frame) -> Result<(), BoxError> {

@@ -79,7 +79,7 @@ impl ForkPipe {
 
 impl Target {
     fn wait(&self) -> Wait {
-        Wait { fd: Some(self.channel.clone()), deadline: Some(self.deadline) }
+        Wait { fds: vec![self.channel.clone()], deadline: Some(self.deadline) }
     }
 
     /// Whether the target said `word`; an error if it ended, or takes too long.

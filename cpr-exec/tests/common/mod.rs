@@ -12,6 +12,7 @@ use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use oslib::cloexec;
+use oslib::pidfd::{Exit, PidFd};
 
 /// How long anything may take.
 pub(crate) const LIMIT: Duration = Duration::from_secs(60);
@@ -39,6 +40,8 @@ pub(crate) fn wait_until(what: &str, mut condition: impl FnMut() -> bool) {
 /// A process that is killed when the test ends, with its standard error in a file.
 pub(crate) struct Process {
     pub(crate) child: Child,
+    /// Where the program went on, if the one that should have replaced it failed.
+    moved: Option<(u32, PidFd)>,
     stderr: File,
     /// Descriptors that this test has without close-on-exec, from whoever runs it; a child has them, too.
     inherited: Vec<i32>,
@@ -62,11 +65,20 @@ impl Process {
         inherited.retain(|&fd| fd > 2 && flags(std::process::id(), fd).is_some_and(|f| f & CLOEXEC == 0));
         let child = command.spawn().unwrap();
         each(&|fd| cloexec::set(fd).unwrap());
-        Process { child, stderr, inherited }
+        Process { child, moved: None, stderr, inherited }
     }
 
     pub(crate) fn pid(&self) -> u32 {
-        self.child.id()
+        self.moved.as_ref().map_or(self.child.id(), |(pid, _)| *pid)
+    }
+
+    /// The program goes on in process `pid`; the one that it was in has ended. How, is the answer.
+    pub(crate) fn follow(&mut self, pid: u32) -> Exit {
+        assert_ne!(pid, self.pid());
+        let left = self.moved.replace((pid, PidFd::open(pid).unwrap()));
+        let left = left.map_or_else(|| PidFd::open(self.child.id()).unwrap(), |(_, pidfd)| pidfd);
+        assert!(left.is_exited().unwrap(), "the process that was left still runs");
+        left.reap().unwrap()
     }
 
     pub(crate) fn stderr(&mut self) -> String {
@@ -85,7 +97,10 @@ impl Process {
     }
 
     pub(crate) fn is_running(&mut self) -> bool {
-        self.child.try_wait().unwrap().is_none()
+        match &self.moved {
+            Some((_, pidfd)) => !pidfd.is_exited().unwrap(),
+            None => self.child.try_wait().unwrap().is_none(),
+        }
     }
 
     /// Each descriptor that it opened, and the standard streams, with its flags as open(2) and proc(5) have them.
@@ -103,19 +118,24 @@ impl Process {
 
     /// The states and names of its children, zombies included.
     pub(crate) fn children(&self) -> Vec<String> {
-        let mut children = Vec::new();
-        for entry in std::fs::read_dir("/proc").unwrap().flatten() {
-            // Processes come and go while this looks.
-            let Ok(stat) = std::fs::read_to_string(entry.path().join("stat")) else { continue };
-            // "pid (name) state parent ...", where the name may hold anything.
-            let Some((head, tail)) = stat.rsplit_once(") ") else { continue };
-            let parent = tail.split(' ').nth(1).and_then(|parent| parent.parse().ok());
-            if parent == Some(self.pid()) {
-                children.push(format!("{head}) {tail}"));
-            }
-        }
-        children
+        children_of(self.pid())
     }
+}
+
+/// The states and names of the children of process `pid`, zombies included.
+pub(crate) fn children_of(pid: u32) -> Vec<String> {
+    let mut children = Vec::new();
+    for entry in std::fs::read_dir("/proc").unwrap().flatten() {
+        // Processes come and go while this looks.
+        let Ok(stat) = std::fs::read_to_string(entry.path().join("stat")) else { continue };
+        // "pid (name) state parent ...", where the name may hold anything.
+        let Some((head, tail)) = stat.rsplit_once(") ") else { continue };
+        let parent = tail.split(' ').nth(1).and_then(|parent| parent.parse().ok());
+        if parent == Some(pid) {
+            children.push(format!("{head}) {tail}"));
+        }
+    }
+    children
 }
 
 fn flags(pid: u32, fd: i32) -> Option<u32> {
@@ -126,9 +146,40 @@ fn flags(pid: u32, fd: i32) -> Option<u32> {
 
 impl Drop for Process {
     fn drop(&mut self) {
-        let _ = self.child.kill();
-        let _ = self.child.wait();
+        match &self.moved {
+            Some((_, pidfd)) => {
+                let _ = pidfd.send_signal(SIGKILL);
+                let _ = pidfd.reap();
+            }
+            None => {
+                let _ = self.child.kill();
+                let _ = self.child.wait();
+            }
+        }
     }
+}
+
+/// signal(7).
+pub(crate) const SIGKILL: i32 = 9;
+
+/// The processes that hold the socket which listens to `port`.
+fn listeners(port: u16) -> Vec<u32> {
+    // proc_net_tcp(5): number, local address, peer, state (0A is listening), ... and the inode as the tenth field.
+    let table = std::fs::read_to_string("/proc/net/tcp").unwrap();
+    let address = format!("0100007F:{port:04X}");
+    let inode = table.lines().find_map(|line| {
+        let fields: Vec<_> = line.split_ascii_whitespace().collect();
+        (fields[1] == address && fields[3] == "0A").then(|| fields[9])
+    });
+    let Some(socket) = inode.map(|inode| PathBuf::from(format!("socket:[{inode}]"))) else { return vec![] };
+    let holds = |pid: u32| {
+        let fds = oslib::process::open_fds_of(pid).unwrap_or_default();
+        let mut links = fds.iter().map(|fd| std::fs::read_link(format!("/proc/{pid}/fd/{fd}")));
+        links.any(|link| link.is_ok_and(|link| link == socket))
+    };
+    let entries = std::fs::read_dir("/proc").unwrap().flatten();
+    let pids = entries.filter_map(|entry| entry.file_name().to_str()?.parse().ok());
+    pids.filter(|&pid| holds(pid)).collect()
 }
 
 /// Descriptors of a server without clients: standard streams, epoll, listener, signals.
@@ -142,6 +193,8 @@ pub(crate) struct Echo {
 
 impl Echo {
     pub(crate) fn start<A: AsRef<OsStr>>(args: &[A]) -> Echo {
+        // A keeper whose parent has ended becomes a child of this process, which can see and reap it then.
+        oslib::process::set_child_subreaper(true).unwrap();
         let mut process = Process::spawn(Command::new(echo_program()).args(args));
         let mut line = String::new();
         BufReader::new(process.child.stdout.as_mut().unwrap()).read_line(&mut line).unwrap();
@@ -155,6 +208,29 @@ impl Echo {
 
     pub(crate) fn connect(&self) -> Client {
         connect(self.port)
+    }
+
+    /// After a failed update: the server is in another process now. Answers how the one that it left has ended.
+    pub(crate) fn follow(&mut self) -> Exit {
+        let listeners = listeners(self.port);
+        let [pid] = listeners[..] else { panic!("{listeners:?}: {}", self.process.stderr()) };
+        self.process.follow(pid)
+    }
+}
+
+impl Drop for Echo {
+    fn drop(&mut self) {
+        // A test that ends amid an update: whoever goes on with the server then is a process that nobody knows.
+        let deadline = Instant::now() + LIMIT;
+        loop {
+            let left = listeners(self.port);
+            for pid in &left {
+                let _ = PidFd::open(*pid).and_then(|process| process.send_signal(SIGKILL));
+            }
+            if left.is_empty() || Instant::now() > deadline {
+                break;
+            }
+        }
     }
 }
 

@@ -4,7 +4,7 @@
 
 use std::arch::asm;
 use std::ffi::CStr;
-use std::os::fd::RawFd;
+use std::sync::atomic::AtomicU32;
 
 /// # Safety
 /// As the system call `number` with these arguments.
@@ -35,56 +35,12 @@ pub(super) fn block_signals(mask: u64) {
     unsafe { syscall(libc::SYS_rt_sigprocmask, [how, &raw const mask as usize, 0, size_of_val(&mask), 0]) };
 }
 
-/// Waits for one of `fds`; without any, merely waits.
-pub(super) fn poll(fds: &mut [libc::pollfd], timeout_ms: u32) -> isize {
-    let mut timeout = libc::timespec {
-        tv_sec: i64::from(timeout_ms / 1000),
-        tv_nsec: i64::from(timeout_ms % 1000) * 1_000_000,
-    };
-    // SAFETY: the kernel reads and writes the pollfds and the timespec, and a null mask leaves the signal mask as it is.
-    unsafe {
-        syscall(libc::SYS_ppoll, [fds.as_mut_ptr() as usize, fds.len(), &raw mut timeout as usize, 0, 0])
-    }
-}
-
-/// Resets the counter of an eventfd.
-pub(super) fn drain(eventfd: RawFd) {
-    let mut count = 0u64;
-    // SAFETY: the kernel writes no more than 8 bytes to `count`.
-    unsafe {
-        syscall(libc::SYS_read, [eventfd as usize, &raw mut count as usize, size_of_val(&count), 0, 0])
-    };
-}
-
-pub(super) fn close_range(first: u32, last: u32) {
-    // SAFETY: takes no pointer. The descriptors are the keeper's own, and no object of Rust in it owns one.
-    unsafe { syscall(libc::SYS_close_range, [first as usize, last as usize, 0, 0, 0]) };
-}
-
-pub(super) fn lower_priority(nice: u8) {
-    let parameter = libc::sched_param { sched_priority: 0 };
-    let policy = libc::SCHED_BATCH as usize;
-    // SAFETY: reads one sched_param; process 0 is the caller.
-    unsafe { syscall(libc::SYS_sched_setscheduler, [0, policy, &raw const parameter as usize, 0, 0]) };
-    let process = libc::PRIO_PROCESS as usize;
-    // SAFETY: takes no pointer; process 0 is the caller.
-    unsafe { syscall(libc::SYS_setpriority, [process, 0, nice.into(), 0, 0]) };
-}
-
-/// Writes `bytes` to the file `path`, which exists.
-pub(super) fn write_file(path: &CStr, bytes: &[u8]) {
-    let directory = libc::AT_FDCWD as usize;
-    let flags = (libc::O_WRONLY | libc::O_CLOEXEC) as usize;
-    // SAFETY: reads a C string.
-    let fd = unsafe { syscall(libc::SYS_openat, [directory, path.as_ptr() as usize, flags, 0, 0]) };
-    if fd < 0 {
-        return;
-    }
-    // SAFETY: reads `bytes`; then closes what was opened above.
-    unsafe {
-        syscall(libc::SYS_write, [fd as usize, bytes.as_ptr() as usize, bytes.len(), 0, 0]);
-        syscall(libc::SYS_close, [fd as usize, 0, 0, 0, 0]);
-    }
+/// Waits until somebody wakes `word`, unless its value is not `expected`; may return for no reason.
+pub(super) fn futex_wait(word: &AtomicU32, expected: u32) {
+    // Not a private futex: the kernel's own wake at the end of a thread or address space is a shared one.
+    let wait = libc::FUTEX_WAIT as usize;
+    // SAFETY: reads the word; without a timeout.
+    unsafe { syscall(libc::SYS_futex, [word.as_ptr() as usize, wait, expected as usize, 0, 0]) };
 }
 
 pub(super) fn exit(code: u8) -> ! {

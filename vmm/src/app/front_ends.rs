@@ -166,6 +166,9 @@ impl App {
     /// Lets every session handle its input, and passes on what they print.
     pub(super) fn process_front_ends(&mut self) {
         self.resumed = false;
+        if self.departed {
+            return;
+        }
         for at in 0..self.parts.front_ends.len() {
             for user in 0..self.parts.front_ends[at].users.len() {
                 self.process_user(at, user);
@@ -215,6 +218,10 @@ impl App {
 
     /// Queues a QMP event for every negotiated monitor.
     pub(super) fn emit(&mut self, name: &'static str, data: Option<Value>) {
+        // The monitors are another program's: it has been told to stop already, and will say that it resumed.
+        if self.departed {
+            return;
+        }
         let at = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
         self.pending_events.push(PendingEvent { name, data, at });
     }

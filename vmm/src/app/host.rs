@@ -1,21 +1,22 @@
 //! What an update does to this program, in the source and in the target.
 
 use std::collections::BTreeMap;
-use std::os::fd::{OwnedFd, RawFd};
+use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::time::Instant;
 
 use anyhow::{Context, anyhow, bail};
 use cpr_core::error::BoxError;
-use cpr_core::frame::Frame;
+use cpr_core::frame::{Frame, FrameWriter};
 use cpr_core::{
-    Backing, FdKind, FdPolicy, FdRegistry, GuestActivity, Host, IncomingError, MemoryRegion, StateWriter,
+    Backing, FdKind, FdPolicy, FdRegistry, GuestActivity, Host, IncomingError, MemoryRegion, ModeInfo,
     TerminalAction,
 };
 use serde::{Deserialize, Serialize};
-use vmm_core::state::MachineState;
+use vmm_core::state::{Blob, MachineState};
 
 use super::commands::named_fd;
+use super::lifecycle::Reset;
 use super::{App, Exit, FrontEnd, RunState, User};
 use crate::chardev::ChardevState;
 use crate::cli::config::{Config, MachineType};
@@ -32,6 +33,24 @@ const VM: &str = "kvm/vm";
 const VCPU: &str = "kvm/vcpu";
 const SERIAL: &str = "serial";
 const PLATFORM: &str = "platform";
+/// Main section: what the guest did that the outside does not know yet.
+const OUTSIDE: &str = "cpr-vmm/outside";
+
+/// Version 1 of [`OUTSIDE`].
+#[derive(Debug, Default, Serialize, Deserialize)]
+struct OutsideSection {
+    /// What it printed and COM1's chardev has not sent.
+    unsent: Vec<u8>,
+    /// Resets that monitors have not been told of.
+    resets: Vec<Reset>,
+}
+
+/// What was loaded and must wait for the commit.
+#[derive(Debug, Default)]
+pub(super) struct Loaded {
+    outside: OutsideSection,
+    ended: Option<GuestEnd>,
+}
 
 /// Version 1 of [`MONITORS`].
 #[derive(Debug, Serialize, Deserialize)]
@@ -42,6 +61,8 @@ pub struct EarlyState {
     pub settings: Settings,
     /// Names given by `getfd`.
     pub named_fds: Vec<String>,
+    /// The CPUID table of each vCPU, for a target that is built ahead of the state.
+    pub cpuid: Vec<Blob>,
 }
 
 impl EarlyState {
@@ -73,10 +94,29 @@ struct MachineSection {
     vcpus: u32,
     /// QMP's name of the run state before the update: what a guest that did not run is in afterwards.
     run_state: String,
+    /// How the guest ended, if it did so after the new program had been started.
+    ended: Option<GuestEnd>,
+}
+
+/// An end that the guest brought about, and that the new program has to carry out.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+enum GuestEnd {
+    PowerOff,
+    Reset,
+}
+
+impl GuestEnd {
+    fn of(exit: Option<&Exit>) -> Option<GuestEnd> {
+        match exit? {
+            Exit::GuestPowerOff => Some(GuestEnd::PowerOff),
+            Exit::GuestReset => Some(GuestEnd::Reset),
+            Exit::Quit | Exit::Signal(_) | Exit::Fatal => None,
+        }
+    }
 }
 
 impl MachineSection {
-    fn of(config: &Config, run_state: RunState) -> MachineSection {
+    fn of(config: &Config, run_state: RunState, ended: Option<GuestEnd>) -> MachineSection {
         let machine_type = match config.machine.machine_type {
             MachineType::Microvm => "microvm",
         };
@@ -85,6 +125,7 @@ impl MachineSection {
             ram_bytes: config.memory.size_bytes,
             vcpus: config.cpus.into(),
             run_state: run_state.name().into(),
+            ended,
         }
     }
 
@@ -177,11 +218,12 @@ fn save_received<'a>(
 }
 
 impl App {
-    fn save_early(&mut self) -> anyhow::Result<EarlyState> {
+    fn early_state(&mut self) -> anyhow::Result<EarlyState> {
         let registry = &self.parts.services.registry;
         let mut kept = Vec::new();
         let mut chardevs = Vec::new();
-        for (chardev, front_end) in self.parts.chardevs.iter().zip(&self.parts.front_ends) {
+        let serial = self.serial_chardev();
+        for (at, (chardev, front_end)) in self.parts.chardevs.iter().zip(&self.parts.front_ends).enumerate() {
             let mut offset = 0;
             let mut users = Vec::new();
             for user in &front_end.users {
@@ -199,40 +241,46 @@ impl App {
                     }
                 });
             }
-            chardevs.push((chardev.save(), FrontEndState { mux: front_end.mux.clone(), users }));
+            // What the guest prints is still being sent while the target is built.
+            let pending = if serial == Some(at) { Vec::new() } else { chardev.output().pending() };
+            chardevs.push((chardev.save(pending), FrontEndState { mux: front_end.mux.clone(), users }));
         }
         self.saved_fds = kept;
         Ok(EarlyState {
             chardevs,
             settings: self.parts.settings.clone(),
             named_fds: self.parts.named_fds.keys().cloned().collect(),
+            cpuid: self.parts.machine.cpuid().map(|tables| tables.to_vec()).unwrap_or_default(),
         })
     }
 
-    fn save_sections(&mut self, state: &mut StateWriter) -> anyhow::Result<()> {
+    fn save_sections(&mut self, main: &mut FrameWriter) -> anyhow::Result<()> {
         // Sessions have passed their output on to the chardevs by now, so that events told up to here are saved once.
         self.deliver_events();
         let machine = self.parts.machine.save()?;
-        state.main.put_value(
+        let ended = GuestEnd::of(self.exit.as_ref());
+        main.put_value(
             MACHINE,
             0,
             1,
-            &MachineSection::of(&self.parts.config, self.state_before_update),
+            &MachineSection::of(&self.parts.config, self.state_before_update, ended),
         )?;
-        state.main.put_value(VM, 0, 1, &machine.vm)?;
+        main.put_value(VM, 0, 1, &machine.vm)?;
         for (instance, vcpu) in machine.vcpus.iter().enumerate() {
-            state.main.put_value(VCPU, u32::try_from(instance)?, 1, vcpu)?;
+            main.put_value(VCPU, u32::try_from(instance)?, 1, vcpu)?;
         }
-        state.main.put_value(SERIAL, 0, 1, &machine.serial)?;
-        state.main.put_value(PLATFORM, 0, 1, &machine.platform)?;
-        let early = self.save_early()?;
-        state.early.put_value(MONITORS, 0, 1, &early)?;
+        main.put_value(SERIAL, 0, 1, &machine.serial)?;
+        main.put_value(PLATFORM, 0, 1, &machine.platform)?;
+        let unsent = self.serial_chardev().map(|at| self.parts.chardevs[at].output().pending());
+        let outside =
+            OutsideSection { unsent: unsent.unwrap_or_default(), resets: self.untold_resets.clone() };
+        main.put_value(OUTSIDE, 0, 1, &outside)?;
         Ok(())
     }
 
     fn load_sections(&mut self, main: &mut Frame) -> anyhow::Result<()> {
         let machine: MachineSection = main.require(MACHINE, 0)?.decode(1)?;
-        MachineSection::of(&self.parts.config, self.parts.run_state).check(&machine)?;
+        MachineSection::of(&self.parts.config, self.parts.run_state, None).check(&machine)?;
         self.state_before_update = match machine.run_state.as_str() {
             "prelaunch" => RunState::Prelaunch,
             _ => RunState::Paused,
@@ -247,7 +295,26 @@ impl App {
             serial: main.require(SERIAL, 0)?.decode(1)?,
             platform: main.require(PLATFORM, 0)?.decode(1)?,
         };
-        self.parts.machine.restore(&state).context("the machine refuses the state")
+        let outside: OutsideSection = main.require(OUTSIDE, 0)?.decode(1)?;
+        self.parts.machine.restore(&state).context("the machine refuses the state")?;
+        self.loaded = Loaded { outside, ended: machine.ended };
+        Ok(())
+    }
+
+    /// What the guest had done to the outside when it was stopped goes on from here; the guest is ours.
+    fn carry_on(&mut self) {
+        let Loaded { outside, ended } = std::mem::take(&mut self.loaded);
+        if let Some(at) = self.serial_chardev() {
+            self.parts.chardevs[at].output().write_first(&outside.unsent);
+        }
+        self.untold_resets = outside.resets;
+        self.tell_resets();
+        if let Some(ended) = ended {
+            self.exit.get_or_insert(match ended {
+                GuestEnd::PowerOff => Exit::GuestPowerOff,
+                GuestEnd::Reset => Exit::GuestReset,
+            });
+        }
     }
 
     /// Loads the update that this program was started for, from `channel` or from where the source wrote it, and
@@ -275,6 +342,7 @@ impl App {
             }
             return Err(error.into());
         }
+        self.carry_on();
         if let Some(keeper) = arriving.exec.keeper.take() {
             if let Err(error) = keeper.release() {
                 tracing::warn!(%error, "the keeper could not be released");
@@ -329,6 +397,10 @@ impl Host for App {
         // What the guest asked for just before it stood still is known to this program only: a reset is carried out
         // and travels as state; after a power-off or a failure there is nothing to hand over.
         self.handle_vcpu_events();
+        if self.departed && GuestEnd::of(self.exit.as_ref()).is_some() {
+            // The process that the user knows is the target's, so it has to end in the guest's way.
+            return Ok(GuestActivity::Paused);
+        }
         if self.guest_has_ended() {
             return Err("the guest powered off, reset or failed while it was being stopped".into());
         }
@@ -347,10 +419,23 @@ impl Host for App {
         }
     }
 
-    fn save(&mut self, state: &mut StateWriter) -> Result<(), BoxError> {
+    fn save_early(&mut self, _mode: &ModeInfo, early: &mut FrameWriter) -> Result<(), BoxError> {
+        let state = self.early_state()?;
+        Ok(early.put_value(MONITORS, 0, 1, &state)?)
+    }
+
+    fn save(&mut self, main: &mut FrameWriter) -> Result<(), BoxError> {
         self.progress.status = Status::Device;
         self.emit_migration_event();
-        Ok(self.save_sections(state)?)
+        Ok(self.save_sections(main)?)
+    }
+
+    fn depart(&mut self) -> Result<(), BoxError> {
+        Ok(self.end_threads()?)
+    }
+
+    fn departed(&mut self) -> Result<(), BoxError> {
+        Ok(self.become_keeper()?)
     }
 
     fn load(&mut self, main: &mut Frame) -> Result<(), BoxError> {
@@ -359,13 +444,6 @@ impl Host for App {
 
     fn request_terminal(&mut self, action: TerminalAction) {
         self.terminal = Some(action);
-    }
-
-    fn slow_to_close(&self) -> Vec<RawFd> {
-        self.parts.machine.kvm_fds().unwrap_or_else(|error| {
-            tracing::warn!(%error, "the old VM will be taken down in the blackout");
-            Vec::new()
-        })
     }
 }
 

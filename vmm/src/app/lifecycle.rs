@@ -2,6 +2,7 @@
 
 use std::time::Duration;
 
+use serde::{Deserialize, Serialize};
 use serde_json::json;
 use vmm_core::vcpu::VcpuEvent;
 
@@ -42,6 +43,13 @@ impl RunState {
     pub fn can_migrate(self) -> bool {
         matches!(self, RunState::Prelaunch | RunState::Running | RunState::Paused)
     }
+}
+
+/// A reset that was carried out.
+#[derive(Debug, Clone, Copy, Serialize, Deserialize)]
+pub(super) struct Reset {
+    /// The guest asked for it; else a monitor did.
+    by_guest: bool,
 }
 
 /// Why the program ends.
@@ -96,6 +104,11 @@ impl App {
         self.set_run_state(RunState::Running);
         self.emit("RESUME", None);
         Ok(())
+    }
+
+    pub(super) fn emit_reset(&mut self, Reset { by_guest }: Reset) {
+        let reason = if by_guest { "guest-reset" } else { "host-qmp-system-reset" };
+        self.emit("RESET", Some(json!({ "guest": by_guest, "reason": reason })));
     }
 
     pub(super) fn emit_shutdown(&mut self, exit: &Exit) {
@@ -159,8 +172,12 @@ impl App {
         self.parts.ram.clear()?;
         let entry = startup::load_kernel(&self.parts.config, &self.parts.ram)?;
         self.parts.machine.reset(&|regs, sregs| entry.apply(regs, sregs))?;
-        let reason = if by_guest { "guest-reset" } else { "host-qmp-system-reset" };
-        self.emit("RESET", Some(json!({ "guest": by_guest, "reason": reason })));
+        let reset = Reset { by_guest };
+        if self.departed {
+            self.untold_resets.push(reset)
+        } else {
+            self.emit_reset(reset)
+        }
         if ran {
             self.parts.machine.run()?;
         } else if failed {

@@ -4,10 +4,12 @@
 //!
 //! - `front_ends`: which bytes go to which monitor or serial port.
 //! - `commands`: what monitor commands do.
+//! - `departure`: what the program is while it runs the guest in the keeper.
 //! - `host`: what an update does to the program ([`cpr_core::Host`]), and the sections it saves.
 //! - `lifecycle`: run states, reset, power-off, the end.
 
 mod commands;
+mod departure;
 mod front_ends;
 mod host;
 mod lifecycle;
@@ -18,13 +20,13 @@ use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use cpr_core::{Outcome, Services, Step, TerminalAction, Update, UpdateError};
+use cpr_core::{Outcome, Services, Step, TargetPhase, TerminalAction, Update, UpdateError, Wait};
 use cpr_exec::KeeperEnd;
 use oslib::signals::{SignalFd, SignalMask};
 use vmm_core::machine::Machine;
 use vmm_core::memory::{Backend as MemoryBackend, GuestRam};
 
-use crate::chardev::Chardev;
+use crate::chardev::{Chardev, Direction};
 use crate::cli::config::{Config, Incoming};
 use crate::errors;
 use crate::event_loop::{EventLoop, Interest, Ready, Token};
@@ -33,7 +35,9 @@ use crate::monitor::Channel;
 use crate::startup::{self, Arriving};
 
 pub use front_ends::{FrontEnd, User};
+use host::Loaded;
 pub use host::{EarlyState, find_named_fds, take_early_state};
+use lifecycle::Reset;
 pub use lifecycle::{Exit, RunState};
 pub use observer::BlackoutObserver;
 
@@ -68,7 +72,11 @@ pub struct App {
     events: EventLoop,
     progress: Progress,
     update: Option<Update>,
+    /// What the update waits for.
+    update_wait: Option<Wait>,
     terminal: Option<TerminalAction>,
+    /// This is the keeper: another process has the monitors, and this one runs the guest until that one is built.
+    departed: bool,
     /// The keeper of the update that this program came from, until it has ended.
     keeper: Option<(Arc<KeeperEnd>, cpr_core::Incoming)>,
     /// A monitor that waits for the end of the update.
@@ -82,6 +90,10 @@ pub struct App {
     /// What a paused guest goes back to when an update fails.
     state_before_update: RunState,
     exit: Option<Exit>,
+    /// What the update brought that waits for its commit.
+    loaded: Loaded,
+    /// Resets that happened in the keeper, and that monitors are to hear of.
+    untold_resets: Vec<Reset>,
 }
 
 impl App {
@@ -96,7 +108,9 @@ impl App {
             events: EventLoop::new()?,
             progress,
             update: None,
+            update_wait: None,
             terminal: None,
+            departed: false,
             keeper: None,
             suspended: false,
             resumed: false,
@@ -104,6 +118,8 @@ impl App {
             saved_fds: Vec::new(),
             state_before_update: RunState::Prelaunch,
             exit: None,
+            loaded: Loaded::default(),
+            untold_resets: Vec::new(),
         })
     }
 
@@ -112,9 +128,12 @@ impl App {
     /// # Errors
     /// The guest cannot be booted, or not be taken over.
     pub fn begin(&mut self) -> anyhow::Result<()> {
-        if self.parts.arriving.is_some() {
+        if let Some(arriving) = &self.parts.arriving {
             let channel = match &self.parts.config.incoming {
-                Some(Incoming::Defer) => return Ok(()),
+                Some(Incoming::Defer) => {
+                    arriving.incoming.control().rendezvous().enter(TargetPhase::Deferred);
+                    return Ok(());
+                }
                 Some(Incoming::Channel(channel)) => Some(channel.clone()),
                 None => {
                     tracing::warn!(
@@ -141,11 +160,14 @@ impl App {
         self.process_front_ends();
         loop {
             // An end that was asked for together with an update comes first: the next program would not know of it.
-            if self.exit.is_none() {
+            if self.exit.is_none() || self.departed {
                 self.run_update();
             }
             self.deliver_events();
-            if let Some(exit) = self.exit.take() {
+            // In the keeper an end of the guest is handed over as such, to the process that its user knows.
+            if !self.departed
+                && let Some(exit) = self.exit.take()
+            {
                 self.end(&exit);
                 return Ok(exit);
             }
@@ -164,12 +186,19 @@ impl App {
     }
 
     fn interests(&self) -> Vec<Interest> {
-        let mut interests = vec![
-            Interest::read_forever(&self.parts.signals, Token::Signals),
-            Interest::read_forever(self.parts.machine.events(), Token::Vcpus),
-        ];
+        let mut interests = vec![Interest::read_forever(self.parts.machine.events(), Token::Vcpus)];
+        let waited_for = self.update_wait.iter().flat_map(|wait| &wait.fds);
+        interests.extend(waited_for.map(|fd| Interest::read(fd, Token::Update)));
+        if self.departed {
+            // Signals are for the process that was left, and so are monitors; what the guest prints is sent from here.
+            let serial = self.serial_chardev().into_iter();
+            interests.extend(serial.flat_map(|at| self.parts.chardevs[at].interests(at, Direction::Output)));
+            return interests;
+        }
+        interests.push(Interest::read_forever(&self.parts.signals, Token::Signals));
         for (at, chardev) in self.parts.chardevs.iter().enumerate() {
-            interests.extend(chardev.interests(at, self.wants_input(at)));
+            let direction = if self.wants_input(at) { Direction::Both } else { Direction::NoInput };
+            interests.extend(chardev.interests(at, direction));
         }
         if let Some((keeper, _)) = &self.keeper {
             interests.push(Interest::read(keeper, Token::Keeper));
@@ -182,7 +211,10 @@ impl App {
             return Some(Duration::ZERO);
         }
         match (&self.update, &self.keeper) {
-            (Some(_), None) => Some(Duration::ZERO),
+            (Some(_), None) => match &self.update_wait {
+                Some(wait) => wait.deadline.map(|at| at.saturating_duration_since(Instant::now())),
+                None => Some(Duration::ZERO),
+            },
             // A keeper that was hurried may have stepped down only after it.
             (Some(_), Some(_)) => Some(KEEPER_POLL),
             (None, _) => self.serial_is_full().then_some(FIFO_POLL),
@@ -203,6 +235,8 @@ impl App {
                 }
             }
             Token::Keeper => self.reap_keeper(),
+            // The update is stepped in each round anyway.
+            Token::Update => {}
         }
         Ok(())
     }
@@ -218,21 +252,26 @@ impl App {
             return;
         }
         let Some(mut update) = self.update.take() else { return };
+        self.update_wait = None;
+        let mut step = update.step(self);
         loop {
-            match update.step(self) {
-                Step::Again => {}
-                Step::Terminal => {
-                    let Some(action) = self.terminal.take() else { continue };
-                    // No return, if all goes well.
-                    let error = action();
-                    self.progress.status = Status::Completed;
-                    self.emit_migration_event();
-                    let outcome = update.terminal_failed(self, error);
-                    return self.update_ended(outcome);
-                }
-                Step::Wait(_) => {
-                    // No mode of this program waits for anything but its own steps.
+            step = match step {
+                Step::Again => update.step(self),
+                Step::Terminal => match self.terminal.take() {
+                    // Returns only if it failed, or in the keeper.
+                    Some(action) => {
+                        let answer = action();
+                        if answer.is_err() {
+                            self.progress.status = Status::Completed;
+                            self.emit_migration_event();
+                        }
+                        update.terminal_returned(self, answer)
+                    }
+                    None => update.step(self),
+                },
+                Step::Wait(wait) => {
                     self.update = Some(update);
+                    self.update_wait = Some(wait);
                     return;
                 }
                 Step::Finished(outcome) => return self.update_ended(outcome),
@@ -243,6 +282,12 @@ impl App {
     fn update_ended(&mut self, outcome: Outcome) {
         self.parts.observer.disarm();
         self.saved_fds.clear();
+        if self.departed {
+            match outcome {
+                Outcome::HandedOver => self.leave_it_to_the_target(),
+                Outcome::Failed { .. } => self.come_back(),
+            }
+        }
         match outcome {
             Outcome::HandedOver => self.progress.status = Status::Completed,
             Outcome::Failed { error, guest } => {
@@ -280,10 +325,10 @@ impl App {
             )));
         }
         let mode = self.parts.settings.attempt(channel, self.parts.original_mask)?;
-        let mode_name = mode.id().to_string();
+        let (mode_name, course) = (mode.id().to_string(), mode.course());
         let update = Update::begin(&self.parts.services, mode, self)
             .map_err(|error| QmpError::generic(errors::text(&error)))?;
-        self.parts.observer.arm(update.control().clone());
+        self.parts.observer.arm(update.control().clone(), course);
         self.progress = Progress {
             status: Status::Setup,
             error: None,
@@ -322,6 +367,11 @@ impl App {
     fn end(&mut self, exit: &Exit) {
         if let Some(mut update) = self.update.take() {
             update.cancel(self);
+        }
+        if let Some(arriving) = self.parts.arriving.take()
+            && *exit != Exit::Fatal
+        {
+            arriving.forgo();
         }
         if let Err(error) = self.parts.machine.pause(Duration::from_secs(2)) {
             tracing::warn!(%error, "a vCPU did not stop");

@@ -1,8 +1,8 @@
-//! Stamps the true blackout: the first vCPU's last exit and the last vCPU's first entry.
+//! Stamps the true blackout, and the pause before it if there is one, as vCPU threads leave and enter the guest.
 
 use std::sync::{Mutex, PoisonError};
 
-use cpr_core::{Control, Stamp};
+use cpr_core::{Control, Course, Stamp};
 use vmm_core::vcpu::RunObserver;
 
 /// Told by vCPU threads; stamps into the control page of the update under way, if there is one.
@@ -14,19 +14,39 @@ pub struct BlackoutObserver {
 #[derive(Debug)]
 struct Armed {
     control: Control,
-    /// vCPUs whose first entry is still to come; `None` in the source.
-    entries_left: Option<usize>,
+    /// What the first vCPU to leave the guest stamps.
+    exit: Option<Stamp>,
+    entries: Option<Entries>,
+}
+
+/// vCPUs whose first entry is still to come.
+#[derive(Debug)]
+struct Entries {
+    left: usize,
+    first: Option<Stamp>,
+    last: Stamp,
 }
 
 impl BlackoutObserver {
-    /// In the source: stamps the vCPUs' last exits into `control`.
-    pub fn arm(&self, control: Control) {
-        self.set(Some(Armed { control, entries_left: None }));
+    /// In the source: stamps the vCPUs' last exits into `control`. In an update that departs, those before the departure.
+    pub fn arm(&self, control: Control, course: Course) {
+        let exit = match course {
+            Course::Departing => Stamp::DepartureExit,
+            Course::Halted | Course::Alongside => Stamp::FirstExit,
+        };
+        self.set(Some(Armed { control, exit: Some(exit), entries: None }));
+    }
+
+    /// In the keeper: stamps that `vcpus` vCPUs run again, and later their last exits.
+    pub fn arm_in_keeper(&self, control: Control, vcpus: usize) {
+        let entries = Entries { left: vcpus, first: None, last: Stamp::DepartureEntry };
+        self.set(Some(Armed { control, exit: Some(Stamp::FirstExit), entries: Some(entries) }));
     }
 
     /// In the target: stamps the first entries of `vcpus` vCPUs, and then no more.
     pub fn arm_for_entries(&self, control: Control, vcpus: usize) {
-        self.set(Some(Armed { control, entries_left: Some(vcpus) }));
+        let entries = Entries { left: vcpus, first: Some(Stamp::FirstEntry), last: Stamp::LastEntry };
+        self.set(Some(Armed { control, exit: None, entries: Some(entries) }));
     }
 
     /// Stamps nothing.
@@ -42,19 +62,22 @@ impl BlackoutObserver {
 impl RunObserver for BlackoutObserver {
     fn last_exit(&self, _vcpu: usize) {
         let armed = self.armed.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(Armed { control, entries_left: None }) = &*armed {
-            control.timeline().stamp_first(Stamp::FirstExit);
+        if let Some(Armed { control, exit: Some(stamp), .. }) = &*armed {
+            control.timeline().stamp_first(*stamp);
         }
     }
 
     fn first_run(&self, _vcpu: usize) {
         let mut armed = self.armed.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(Armed { control, entries_left: Some(left) }) = &mut *armed {
-            control.timeline().stamp_first(Stamp::FirstEntry);
+        let Some(Armed { control, entries: entries @ Some(_), .. }) = &mut *armed else { return };
+        if let Some(Entries { left, first, last }) = entries {
+            if let Some(first) = first {
+                control.timeline().stamp_first(*first);
+            }
             *left -= 1;
             if *left == 0 {
-                control.timeline().stamp_last(Stamp::LastEntry);
-                *armed = None;
+                control.timeline().stamp_last(*last);
+                *entries = None;
             }
         }
     }

@@ -1,0 +1,70 @@
+//! The program in the keeper: it has left its process to the next program, and runs the guest until that one is built.
+//!
+//! The guest notices nothing, and its serial output goes on. Everything that the next program was given is left alone:
+//! monitors with their sessions, signals, serial input. What ends this state is the commit, after which this process
+//! disappears, or a failure of the next program, after which this one is the program again, under another process id.
+
+use anyhow::Context;
+
+use super::{App, FrontEnd, RunState, User};
+use crate::event_loop::EventLoop;
+
+impl App {
+    /// The chardev that COM1 is connected to.
+    pub(super) fn serial_chardev(&self) -> Option<usize> {
+        let is_serial =
+            |front_end: &FrontEnd| front_end.users.iter().any(|user| matches!(user, User::Serial(_)));
+        self.parts.front_ends.iter().position(is_serial)
+    }
+
+    /// Threads end here, in good order; [`App::run_guest`] starts them anew.
+    pub(super) fn end_threads(&mut self) -> anyhow::Result<()> {
+        Ok(self.parts.machine.dismiss_threads()?)
+    }
+
+    /// The first thing in the keeper.
+    pub(super) fn become_keeper(&mut self) -> anyhow::Result<()> {
+        self.departed = true;
+        // The old instance watches signals of the process that was left.
+        self.events = EventLoop::new()?;
+        if let Some(control) = self.progress.control.clone() {
+            self.parts.observer.arm_in_keeper(control, self.parts.machine.vcpu_count());
+        }
+        Ok(())
+    }
+
+    /// The target has the guest: this process is of no use any more.
+    pub(super) fn leave_it_to_the_target(&mut self) -> ! {
+        // A last close of these would take long, and peers of everything else wait for an end.
+        let slow = self.parts.machine.kvm_fds().unwrap_or_default();
+        oslib::process::step_aside(slow, 0)
+    }
+
+    /// The target failed: this process is the program from now on.
+    pub(super) fn come_back(&mut self) {
+        self.departed = false;
+        tracing::warn!(pid = std::process::id(), "the guest goes on in another process");
+        let write = |path: &std::path::PathBuf| {
+            std::fs::write(path, format!("{}\n", std::process::id()))
+                .with_context(|| format!("-pidfile: cannot write {}", path.display()))
+        };
+        if let Some(Err(error)) = self.parts.config.pidfile.as_ref().map(write) {
+            tracing::warn!("{error:#}");
+        }
+        match EventLoop::new() {
+            Ok(events) => self.events = events,
+            Err(error) => tracing::error!(%error, "signals may go unnoticed"),
+        }
+        self.tell_resets();
+        if self.parts.run_state == RunState::Running {
+            self.emit("RESUME", None);
+        }
+    }
+
+    /// Monitors hear of resets that happened while nobody could tell them.
+    pub(super) fn tell_resets(&mut self) {
+        for reset in std::mem::take(&mut self.untold_resets) {
+            self.emit_reset(reset);
+        }
+    }
+}
