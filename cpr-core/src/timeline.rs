@@ -101,7 +101,9 @@ impl<'a> Timeline<'a> {
     pub fn report(&self) -> Report {
         let between = |from, to| Some(self.at_ns(to)?.saturating_sub(self.at_ns(from)?));
         Report {
-            blackout_ns: between(Stamp::FirstExit, Stamp::LastEntry),
+            blackout_ns: self
+                .blackout_begin()
+                .and_then(|begin| Some(self.at_ns(Stamp::LastEntry)?.saturating_sub(begin))),
             departure_ns: between(Stamp::DepartureExit, Stamp::DepartureEntry),
             prepare_ns: between(Stamp::Begin, Stamp::StopRequested),
             total_ns: between(Stamp::Begin, Stamp::LastEntry),
@@ -109,18 +111,32 @@ impl<'a> Timeline<'a> {
         }
     }
 
+    /// When the first vCPU ran its last instruction under the source.
+    fn blackout_begin(&self) -> Option<u64> {
+        // On a busy host the state can be asked for before every vCPU ran again after the departure: then that pause never
+        // ended, and is the blackout's beginning.
+        match (self.at_ns(Stamp::DepartureExit), self.at_ns(Stamp::DepartureEntry)) {
+            (Some(departure), None) => Some(departure),
+            _ => self.at_ns(Stamp::FirstExit),
+        }
+    }
+
     /// From one moment of the blackout to the next. What happened before it, as the building of a target alongside the
     /// guest, is no part of it.
     fn phases(&self) -> Option<Vec<Phase>> {
-        let mut from = self.at_ns(Stamp::FirstExit)?;
-        let mut phases = Vec::new();
-        for (name, to) in PHASES {
-            if let Some(to) = self.at_ns(to).filter(|&to| to >= from) {
-                phases.push(Phase { name: name.to_owned(), ns: to - from });
-                from = to;
-            }
-        }
-        Some(phases)
+        let mut from = self.blackout_begin()?;
+        let mut ends: Vec<_> = PHASES
+            .iter()
+            .filter_map(|&(name, stamp)| Some((name, self.at_ns(stamp)?)))
+            .filter(|&(_, at)| at >= from)
+            .collect();
+        // By time, and in the order of the table where two moments are one.
+        ends.sort_by_key(|&(_, at)| at);
+        let phase = |(name, to): (&str, u64)| {
+            let ns = to - std::mem::replace(&mut from, to);
+            Phase { name: name.to_owned(), ns }
+        };
+        Some(ends.into_iter().map(phase).collect())
     }
 }
 
@@ -163,6 +179,13 @@ pub struct Report {
     pub phases: Vec<Phase>,
 }
 
+impl Report {
+    /// How long the guest stood still altogether, in nanoseconds; `None` when it was not running.
+    pub fn downtime_ns(&self) -> Option<u64> {
+        Some(self.blackout_ns? + self.departure_ns.unwrap_or_default())
+    }
+}
+
 fn now_ns() -> u64 {
     oslib::clock::monotonic_ns()
 }
@@ -183,6 +206,37 @@ mod tests {
         assert_eq!(report.blackout_ns, Some(140));
         assert_eq!(report.phases.iter().map(|p| p.ns).sum::<u64>(), 140);
         assert_eq!(report.prepare_ns, Some(1));
+    }
+
+    #[test]
+    fn a_target_built_alongside_takes_none_of_the_blackout() {
+        let words: Vec<_> = (0..Stamp::PLACES).map(|_| AtomicU64::new(0)).collect();
+        let timeline = Timeline::new(&words);
+        let stamps = [
+            (Stamp::DepartureExit, 10),
+            (Stamp::DepartureEntry, 15),
+            (Stamp::TargetStarted, 20),
+            (Stamp::Built, 30),
+            (Stamp::FirstExit, 40),
+            (Stamp::Stopped, 41),
+            (Stamp::Saved, 43),
+            (Stamp::Loaded, 44),
+            (Stamp::LastEntry, 50),
+        ];
+        stamps.iter().for_each(|&(stamp, at)| timeline.stamp_at(stamp, at));
+        let report = timeline.report();
+        let names: Vec<_> = report.phases.iter().map(|phase| (phase.name.as_str(), phase.ns)).collect();
+        assert_eq!(names, [("stop", 1), ("save", 2), ("load", 1), ("resume", 6)]);
+        assert_eq!((report.blackout_ns, report.departure_ns), (Some(10), Some(5)));
+        assert_eq!(report.downtime_ns(), Some(15));
+
+        // A vCPU that did not run between the two pauses makes them one.
+        timeline.stamp_at(Stamp::DepartureEntry, 0);
+        let report = timeline.report();
+        assert_eq!((report.blackout_ns, report.departure_ns), (Some(40), None));
+        let names: Vec<_> = report.phases.iter().map(|phase| phase.name.as_str()).collect();
+        assert_eq!(names, ["start", "build", "stop", "save", "load", "resume"]);
+        assert_eq!(report.phases.iter().map(|phase| phase.ns).sum::<u64>(), 40);
     }
 
     #[test]

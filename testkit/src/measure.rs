@@ -129,17 +129,19 @@ impl Meter {
     }
 }
 
-/// The blackout and its phases out of a `query-migrate`.
+/// How long the guest stood still, in how many pieces, out of a `query-migrate`: the blackout with its phases and, before
+/// it, the pause in which the program left its process.
 fn timeline(report: &Value) -> anyhow::Result<(Duration, Vec<(String, Duration)>)> {
     let cpr = &report["cpr"];
     let us = |value: &Value| value.as_u64().map(Duration::from_micros);
     let blackout = us(&cpr["blackout-us"]).with_context(|| format!("no blackout in {report}"))?;
     let phases = cpr["phases"].as_array().with_context(|| format!("no phases in {report}"))?;
-    let phases = phases
-        .iter()
-        .filter_map(|phase| Some((phase["name"].as_str()?.to_owned(), us(&phase["us"])?)))
-        .collect();
-    Ok((blackout, phases))
+    let departure = us(&cpr["departure-us"]);
+    let named =
+        phases.iter().filter_map(|phase| Some((phase["name"].as_str()?.to_owned(), us(&phase["us"])?)));
+    let phases =
+        departure.map(|departure| ("depart".to_owned(), departure)).into_iter().chain(named).collect();
+    Ok((blackout + departure.unwrap_or_default(), phases))
 }
 
 /// Median of at least one figure; of an even number the mean of the middle two.
@@ -172,6 +174,9 @@ mod tests {
         let (host, phases) = timeline(&report).unwrap();
         assert_eq!(host, Duration::from_millis(3));
         assert_eq!(phases[1], ("save".to_owned(), Duration::from_micros(2800)));
+        let report = json!({ "cpr": { "blackout-us": 500, "departure-us": 700, "phases": [] } });
+        let departure = ("depart".to_owned(), Duration::from_micros(700));
+        assert_eq!(timeline(&report).unwrap(), (Duration::from_micros(1200), vec![departure]));
         assert!(timeline(&json!({ "status": "failed" })).is_err());
     }
 }

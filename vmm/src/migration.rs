@@ -191,7 +191,7 @@ impl Progress {
         for (key, ns) in [
             ("setup-time", report.prepare_ns),
             ("total-time", report.total_ns),
-            ("downtime", report.blackout_ns),
+            ("downtime", report.downtime_ns()),
         ] {
             if let Some(ns) = ns {
                 info.insert(key.into(), ms(ns));

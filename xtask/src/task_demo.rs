@@ -131,7 +131,7 @@ fn show_updates(
         }
         let update = meter.update(vmm, guest, arguments.exec_by.into())?;
         if updates.is_empty() {
-            println!("{}", paint.dim("  milliseconds; the phases add up to the host's blackout"));
+            println!("{}", paint.dim("  milliseconds; the phases add up to what the host says"));
             println!("{}", paint.bold(header(&update)));
         }
         println!("{}", line(&number.to_string(), &update));
@@ -200,7 +200,10 @@ fn summarise(arguments: &DemoArgs, updates: &[Update], pid: u32, verified_bytes:
     }
     println!();
     println!(
-        "host:    the VMM's own timeline, from the first vCPU's last exit to the last vCPU's first entry."
+        "host:    the VMM's own timeline, from the first vCPU's last exit to the last vCPU's first entry, in two"
+    );
+    println!(
+        "         pauses: `depart`, in which the old program leaves its process to the new one, and the blackout."
     );
     println!(
         "guest:   the largest gap between two clock reads in the guest: what an update really costs it."

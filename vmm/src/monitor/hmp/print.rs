@@ -151,6 +151,9 @@ pub(super) fn migrate(value: &Value) -> String {
             let _ = write!(out, ", generation={generation}");
         }
         out.push('\n');
+        if let Some(departure) = cpr["departure-us"].as_u64() {
+            let _ = writeln!(out, "Departure (us): \t{departure}");
+        }
         if let Some(blackout) = cpr["blackout-us"].as_u64() {
             let _ = writeln!(out, "Blackout (us): \t\t{blackout}");
         }
