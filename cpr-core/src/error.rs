@@ -25,7 +25,7 @@ pub enum UpdateError {
     /// A subscriber refused or failed.
     #[error(transparent)]
     Subscriber(#[from] NotifyError),
-    /// The mode could not get ready; the guest never stopped.
+    /// The mode could not get ready, or the target not be built.
     #[error("{mode} could not prepare: {source}")]
     Prepare {
         /// The mode.

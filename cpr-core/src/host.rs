@@ -69,8 +69,8 @@ pub trait Host {
         GuestActivity::Running
     }
 
-    /// Parks the vCPUs and quiesces device threads, and says whether the guest ran. Called once per attempt; may be
-    /// called for a guest that is paused.
+    /// Parks the vCPUs and quiesces device threads, and says whether the guest ran. Called once per pause: a mode that
+    /// departs makes two. May be called for a guest that is paused.
     ///
     /// # Errors
     /// Something did not stop by `deadline`. Whatever was stopped is resumed by [`resume`](Self::resume), with the

@@ -123,6 +123,11 @@ impl Watchdog {
         Watchdog { limit, defer_limit, seen: None, since: Instant::now() }
     }
 
+    /// Counts from now on: the target waited for its source until here.
+    pub fn restart(&mut self) {
+        self.since = Instant::now();
+    }
+
     /// Looks whether there was progress, and answers until when there must be some.
     ///
     /// # Errors
@@ -263,6 +268,9 @@ mod tests {
         let first = dog.check(&meeting).unwrap().unwrap();
         assert_eq!(dog.check(&meeting), Ok(Some(first)));
         meeting.note_progress();
-        assert!(dog.check(&meeting).unwrap().unwrap() > first);
+        let second = dog.check(&meeting).unwrap().unwrap();
+        assert!(second > first);
+        dog.restart();
+        assert!(dog.check(&meeting).unwrap().unwrap() > second);
     }
 }

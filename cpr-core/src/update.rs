@@ -263,7 +263,7 @@ impl Update {
                 let _span = tracing::info_span!("depart").entered();
                 self.stop_guest(host)?;
                 let state = StateWriter { main: self.main_frame(host)?, early: self.early_frame(host)? };
-                host.depart().map_err(UpdateError::Stop)?;
+                host.depart().map_err(|source| self.prepare_error(source))?;
                 self.introduce(host, state)
             }
             State::Leaving => {
@@ -412,8 +412,10 @@ impl Update {
         self.departed = true;
         self.state = State::Await;
         host.departed().map_err(|source| self.hand_over_error(source))?;
-        if let Some(activity) = self.activity.take() {
+        if let Some(activity) = self.activity {
+            // Only then forgotten: a guest that does not run is resumed once more by the roll back.
             host.resume(activity).map_err(|source| self.hand_over_error(source))?;
+            self.activity = None;
         }
         Ok(())
     }

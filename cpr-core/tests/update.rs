@@ -681,7 +681,6 @@ fn a_last_act_of_the_hand_over_has_nowhere_to_return_to() {
 }
 
 #[test]
-#[ignore = "cpr-core/src/update.rs, arrive: forgets the activity before resume fails, so nobody resumes or tells"]
 fn a_guest_that_does_not_run_in_the_other_process_is_resumed_once_more() {
     for (failures, resumed) in [(1, true), (2, false)] {
         let (log, services) = (Log::default(), Services::default());

@@ -16,7 +16,7 @@ use std::io::{self, ErrorKind, Read, Write};
 use std::net::{Ipv4Addr, TcpListener, TcpStream};
 use std::process::ExitCode;
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use cpr_core::error::BoxError;
 use cpr_core::frame::{Frame, FrameWriter};
@@ -66,6 +66,8 @@ struct Options {
     port: u16,
     /// The file for the server's state; by default it stays in memory.
     main: MainChannel,
+    /// How long a new program may take without showing progress.
+    patience: Duration,
     /// What to execute; by default this very command line.
     command: Vec<OsString>,
 }
@@ -73,7 +75,8 @@ struct Options {
 impl Options {
     fn parse() -> Result<Options, BoxError> {
         let command = std::env::args_os().collect();
-        let mut options = Options { port: 0, main: MainChannel::Memfd, command };
+        let patience = Duration::from_secs(5);
+        let mut options = Options { port: 0, main: MainChannel::Memfd, patience, command };
         let mut words = std::env::args_os().skip(1);
         while let Some(word) = words.next() {
             let mut value = || words.next().ok_or("an option needs a value");
@@ -82,8 +85,16 @@ impl Options {
                 Some("--state") => {
                     options.main = MainChannel::File { path: value()?.into(), offset: 0 };
                 }
+                Some("--patience-ms") => {
+                    options.patience = Duration::from_millis(value()?.to_str().unwrap_or_default().parse()?);
+                }
                 Some("--command") => options.command = words.by_ref().collect(),
-                _ => return Err("usage: echo [--port PORT] [--state FILE] [--command WORD...]".into()),
+                _ => {
+                    return Err(
+                        "usage: echo [--port PORT] [--state FILE] [--patience-ms MS] [--command WORD...]"
+                            .into(),
+                    );
+                }
             }
         }
         Ok(options)
@@ -409,7 +420,8 @@ impl Program {
         if self.server.update_wanted && self.outgoing.is_none() && self.incoming.is_none() {
             self.server.update_wanted = false;
             let mode = CprExec::new(self.options.command.clone(), self.options.main.clone())
-                .signal_mask(self.signal_mask);
+                .signal_mask(self.signal_mask)
+                .time_limits(Some(self.options.patience), None);
             match Update::begin(&self.server.services, Box::new(mode), &self.server) {
                 Ok(update) => self.outgoing = Some(update),
                 Err(error) => self.server.answer_update(&format!("failed: {error}")),

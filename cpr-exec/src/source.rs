@@ -217,6 +217,8 @@ impl CprMode for CprExec {
         }
         attempt.control.timeline().stamp(Stamp::HandedOver);
         attempt.control.rendezvous().publish_state();
+        // The time that stopping and saving took is not the target's.
+        self.watchdog.restart();
         self.poll_hand_over(attempt)
     }
 

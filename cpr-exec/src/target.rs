@@ -116,7 +116,11 @@ fn take_over(state: OwnedFd) -> Result<ExecArrival, BoxError> {
         (Some(pid), Some(doorbell)) => Some(KeeperEnd::new(pid, doorbell.clone())?),
         _ => None,
     };
-    let live = process.source_goes_on.then(|| doorbell.map(|doorbell| (control.clone(), doorbell))).flatten();
+    let live = match (process.source_goes_on, doorbell) {
+        (true, Some(doorbell)) => Some((control.clone(), doorbell)),
+        (true, None) => return Err("its doorbell is missing".into()),
+        (false, _) => None,
+    };
     let memfd = registry.find(names::MAIN, 0);
     // They have served. The next update brings its own of the same names, even while somebody still holds these.
     for name in [names::CONTROL, names::DOORBELL, names::MAIN] {

@@ -321,7 +321,6 @@ fn a_source_that_takes_the_guest_back_ends_the_wait() {
 }
 
 #[test]
-#[ignore = "cpr-exec/src/target.rs, take_over: without a doorbell it reads at once, beside a source that runs"]
 fn a_source_that_goes_on_without_a_doorbell_is_refused() {
     let (crafted, _) = crafted_by_a_source_that_goes_on();
     crafted.registry.delete("cpr-exec/doorbell", 0);

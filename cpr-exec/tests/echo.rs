@@ -385,6 +385,23 @@ fn a_program_that_is_killed_leaves_the_server_in_another_process() {
     no_process_is_left(echo);
 }
 
+#[test]
+fn a_program_that_hangs_is_ended_before_the_server_goes_on() {
+    let dir = tempfile::tempdir().unwrap();
+    let command = Exchangeable::new(&dir, &executable(&dir, "sleeps", "#!/bin/sh\nexec sleep 1000\n"));
+    let mut echo = Echo::start(&["--patience-ms", "700", "--command", command.path()]);
+    let (mut client, mut control) = (echo.connect(), echo.connect());
+    assert_eq!(client.ask("hello"), "hello");
+    client.send("half-");
+    let answer = control.ask("!update");
+    assert_eq!(answer, "!failed: cpr-exec could not prepare: the new program has made no progress for 700ms");
+    assert_eq!(echo.follow(), Exit::Signaled(SIGKILL));
+    assert_eq!(client.ask("line"), "half-line");
+    command.exchange(&echo_program());
+    assert!(control.ask("!update").starts_with("!updated to generation 1 in "));
+    no_process_is_left(echo);
+}
+
 /// Set where this test program is to be the new program, and says what comes of it.
 const ROLE: &str = "ECHO_TEST_ROLE";
 

@@ -8,8 +8,8 @@ use std::time::Duration;
 
 use cpr_core::error::BoxError;
 use cpr_core::{
-    Event, GuestActivity, Incoming, ModeSet, OrderClass, Outcome, Properties, Services, Subscription,
-    UpdateError,
+    Event, GuestActivity, Incoming, MainSource, ModeSet, OrderClass, Outcome, Properties, Services,
+    Subscription, UpdateError,
 };
 use oslib::pidfd::{Exit, PidFd};
 
@@ -83,7 +83,11 @@ fn target(role: &str) -> Result<(), BoxError> {
     let mut services = Services::default();
     let mut incoming = Incoming::begin(&mut services, receiver.receive()?)?;
     match role {
-        "die" => std::process::abort(),
+        "die" => {
+            // Else the source might notice while it still sends.
+            receiver.read_main()?;
+            std::process::abort()
+        }
         "hang" => std::thread::sleep(PATIENCE * 2),
         // It takes the main frame for the state of a machine that it does not have.
         "refuse" => assert!(services.registry.delete("ram", 0)),
