@@ -129,8 +129,11 @@ impl Meter {
     }
 }
 
-/// The blackout and its phases out of a `query-migrate`.
-fn timeline(report: &Value) -> anyhow::Result<(Duration, Vec<(String, Duration)>)> {
+/// The blackout on the host's timeline, and its phases in order, out of a `query-migrate`.
+///
+/// # Errors
+/// It reports no finished update of a running guest.
+pub fn timeline(report: &Value) -> anyhow::Result<(Duration, Vec<(String, Duration)>)> {
     let cpr = &report["cpr"];
     let us = |value: &Value| value.as_u64().map(Duration::from_micros);
     let blackout = us(&cpr["blackout-us"]).with_context(|| format!("no blackout in {report}"))?;
