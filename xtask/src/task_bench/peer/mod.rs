@@ -16,6 +16,7 @@ mod report;
 mod subject;
 mod walk;
 
+use std::fs::File;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
@@ -70,6 +71,7 @@ pub(crate) fn compare(arguments: &PeerArgs, strict: bool) -> Result<bool> {
     }
     let folder = workspace().join("target/bench-qemu");
     std::fs::create_dir_all(&folder).with_context(|| format!("cannot make {}", folder.display()))?;
+    let _alone = lock(&folder)?;
     let programs = Programs::get(&folder, arguments.qemu.as_deref())?;
     let host = Host::look();
 
@@ -97,6 +99,14 @@ pub(crate) fn compare(arguments: &PeerArgs, strict: bool) -> Result<bool> {
     println!("samples: {}", journal_path.display());
     let missed = figures.limits().iter().any(|limit| limit.verdict == Verdict::NotReached);
     Ok(!(strict && missed))
+}
+
+/// Two runs at a time would measure each other, and write into one file.
+fn lock(folder: &Path) -> Result<File> {
+    let path = folder.join("lock");
+    let file = File::create(&path).with_context(|| format!("cannot write {}", path.display()))?;
+    file.try_lock().context("another comparison runs here; wait for its end")?;
+    Ok(file)
 }
 
 /// What makes samples comparable.

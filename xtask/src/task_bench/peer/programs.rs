@@ -107,16 +107,17 @@ impl Qemu {
             .map(|word| word.to_str().map(str::to_owned).context("the cache folder's name is not UTF-8"))
             .collect::<Result<_>>()?;
         let said = output_of(Command::new(&program).args(&arguments).arg("--version"))?;
+        let first = said.lines().next().unwrap_or_default();
         let version =
-            version_in(&said).with_context(|| format!("{program:?} is no QEMU: {said}"))?.to_owned();
-        let number = major_minor(&version).with_context(|| format!("{version:?} is no version of QEMU"))?;
+            version_in(&said).with_context(|| format!("{program:?} is no QEMU: it says {first:?}"))?;
+        let number = major_minor(version).with_context(|| format!("{version:?} is no version of QEMU"))?;
         ensure!(
             number >= NEEDED,
             "QEMU {version} has no cpr-exec: version {}.{} or later is needed",
             NEEDED.0,
             NEEDED.1
         );
-        Ok(Qemu { who, program, arguments, version })
+        Ok(Qemu { who, version: version.to_owned(), program, arguments })
     }
 }
 
