@@ -21,8 +21,8 @@ const TRANSFER_P99: Duration = Duration::from_millis(2);
 /// QEMU's cpr-transfer takes at least so many times ours, at 4 GiB.
 const TRANSFER_RATIO: f64 = 5.0;
 
-/// An ambient above this part of the figure makes it doubtful.
-const DOUBTFUL: u32 = 4;
+/// An ambient above the figure divided by this makes it doubtful.
+const DOUBTFUL: u32 = 2;
 
 /// What was measured of one VMM in one cell by one mode.
 #[derive(Debug, Clone, PartialEq)]
@@ -336,7 +336,7 @@ pub(super) mod tests {
     fn a_busy_host_is_told() {
         let quiet = figure("1G", Who::CprVmm, Mode::CprExec, [3000]);
         let mut busy = figure("256M", Who::CprVmm, Mode::CprExec, [3000]);
-        busy.ambient = Duration::from_micros(800);
+        busy.ambient = Duration::from_micros(1600);
         let mut shared = figure("1Gx2", Who::CprVmm, Mode::CprExec, [3000]);
         shared.ambient = Duration::from_micros(8000);
         let all = Figures(vec![quiet, busy, shared]);

@@ -16,7 +16,7 @@ use super::walk;
 /// Chooses the pattern in guest RAM.
 const SEED: u64 = 0xbe7c;
 
-/// A brownout that is not over after this is not waited for: five times what the slowest seen took.
+/// A brownout that is not over after this is not waited for. On a quiet machine it is about 1 s for each GiB.
 pub(super) fn walk_limit(cell: &Cell) -> Duration {
     Duration::from_secs(2 + 6 * (cell.populated_bytes >> 30).max(1))
 }

@@ -3,7 +3,7 @@
 use std::fmt::Write;
 use std::time::Duration;
 
-use super::figures::{Figure, Figures};
+use super::figures::{Figure, Figures, Verdict};
 use super::host::Host;
 use super::plan::{MODES, Mode, Who};
 
@@ -49,10 +49,15 @@ pub(super) fn tables(figures: &Figures, context: &Context) -> String {
             );
         }
     }
+    let busy = if figures.doubtful(context.host.cpus).is_empty() { "" } else { ", on a busy host" };
     let limits: Vec<Vec<String>> = figures
         .limits()
         .into_iter()
-        .map(|limit| vec![limit.what, limit.wanted, limit.measured, limit.verdict.name().to_owned()])
+        .map(|limit| {
+            let measured = limit.verdict != Verdict::NotMeasured;
+            let verdict = format!("{}{}", limit.verdict.name(), if measured { busy } else { "" });
+            vec![limit.what, limit.wanted, limit.measured, verdict]
+        })
         .collect();
     let _ = writeln!(text, "## Limits\n\n{}", table(&["figure", "limit", "measured", ""], &limits));
     if !context.skipped.is_empty() {
@@ -118,7 +123,7 @@ fn doubts(figures: &Figures, context: &Context) -> String {
     }
     format!(
         "**The host was busy: measure again on a quiet one.** Without an update, too, the guest stood still for more \
-         than a quarter of the figure: {}.\n\n",
+         than half of the figure: {}.\n\n",
         cells.join("; ")
     )
 }
