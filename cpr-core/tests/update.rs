@@ -638,7 +638,7 @@ fn every_failure_on_the_way_to_another_process_or_there_is_undone_too() {
         (Place::Host("stop"), "the guest could not be stopped: broken stop", STANDS, HERE),
         (Place::Host("save"), "the state could not be saved: broken save", STANDS, HERE),
         (Place::Host("save_early"), "the state could not be saved: broken save_early", STANDS, HERE),
-        (Place::Host("depart"), "the guest could not be stopped: broken depart", STANDS, HERE),
+        (Place::Host("depart"), "a-mode-of-this-test could not prepare: broken depart", STANDS, HERE),
         (Place::Mode("introduce"), "a-mode-of-this-test could not prepare: broken introduce", STANDS, HERE),
         (LastAct, "a-mode-of-this-test could not hand over: came back", STANDS, HERE),
         (Place::Host("departed"), "a-mode-of-this-test could not hand over: broken departed", STANDS, THERE),

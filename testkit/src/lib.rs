@@ -16,7 +16,7 @@ mod vmm;
 pub use console::{Console, Terminal, pipes};
 pub use gate::{Gate, Held};
 pub use guest::{Guest, beat_gap_us};
-pub use measure::{Meter, Through, Update, median};
+pub use measure::{Meter, Through, Update, median, timeline};
 pub use qmp::{Qmp, QmpFailure};
 pub use shell::GuestShell;
 pub use vmm::{Vmm, VmmBuilder, binary, payload_tsc_hz};

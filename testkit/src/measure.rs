@@ -129,9 +129,12 @@ impl Meter {
     }
 }
 
-/// How long the guest stood still, in how many pieces, out of a `query-migrate`: the blackout with its phases and, before
-/// it, the pause in which the program left its process.
-fn timeline(report: &Value) -> anyhow::Result<(Duration, Vec<(String, Duration)>)> {
+/// How long the guest stood still, in how many pieces, out of a `query-migrate`: the blackout with its phases in order and,
+/// before it, the pause in which the program left its process.
+///
+/// # Errors
+/// It reports no finished update of a running guest.
+pub fn timeline(report: &Value) -> anyhow::Result<(Duration, Vec<(String, Duration)>)> {
     let cpr = &report["cpr"];
     let us = |value: &Value| value.as_u64().map(Duration::from_micros);
     let blackout = us(&cpr["blackout-us"]).with_context(|| format!("no blackout in {report}"))?;

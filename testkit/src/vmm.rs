@@ -39,7 +39,8 @@ pub fn payload_tsc_hz(guest: &Guest) -> f64 {
 /// What to start.
 #[derive(Debug, Clone)]
 pub struct VmmBuilder {
-    binary: PathBuf,
+    /// The one built beside us, if none: looked for only when it is started.
+    binary: Option<PathBuf>,
     memory: u64,
     cpus: u8,
     memory_args: Option<Vec<String>>,
@@ -61,7 +62,7 @@ impl VmmBuilder {
     /// A VM with 64 MiB of shared memfd RAM named `ram0` and one vCPU, booting the payload.
     pub fn new() -> VmmBuilder {
         VmmBuilder {
-            binary: binary(),
+            binary: None,
             memory: 64 << 20,
             cpus: 1,
             memory_args: None,
@@ -147,7 +148,7 @@ impl VmmBuilder {
     /// Another binary.
     #[must_use]
     pub fn binary(mut self, path: impl Into<PathBuf>) -> Self {
-        self.binary = path.into();
+        self.binary = Some(path.into());
         self
     }
 
@@ -176,7 +177,8 @@ impl VmmBuilder {
         let dir = tempfile::Builder::new().prefix("cpr-vmm-").tempdir()?;
         let args = self.arguments(dir.path());
         let mut words: Vec<OsString> = self.wrapper.iter().map(OsString::from).collect();
-        words.push(self.binary.clone().into());
+        let program = self.binary.clone().unwrap_or_else(binary);
+        words.push(program.clone().into());
         words.extend(args.iter().map(OsString::from));
         let (stdin, stdout): (Stdio, Stdio) = match &self.stdio {
             Some([input, output]) => (input.try_clone()?.into(), output.try_clone()?.into()),
@@ -196,7 +198,7 @@ impl VmmBuilder {
             child,
             dir,
             args,
-            binary: self.binary,
+            binary: program,
             cpus: self.cpus,
             qmp: None,
             next_state: 0,

@@ -1,8 +1,10 @@
 //! `cargo xtask bench`: the criterion benchmarks, and their medians against the limits that the project has set itself.
 //!
 //! Criterion measures, compares with the last run, and keeps the samples; this reads them back for one compact table. A
-//! figure is the guest's unless it says `host`; whatever a busy host did to it is flagged, not filtered.
+//! figure is the guest's unless it says `host`; whatever a busy host did to it is flagged, not filtered. With `--peer` it
+//! measures another VMM beside ours instead, without criterion (see `peer`).
 
+mod peer;
 mod samples;
 
 use std::io::{BufRead, BufReader};
@@ -12,6 +14,7 @@ use std::time::{Duration, SystemTime};
 use anyhow::{Context, Result, bail};
 use clap::Args;
 
+use self::peer::PeerArgs;
 use self::samples::{Figure, Results};
 use crate::tools::{Paint, cargo, kvm_obstacle, ms, release_binary, run, workspace};
 
@@ -39,10 +42,15 @@ pub(crate) struct BenchArgs {
     strict: bool,
     /// Only benchmarks whose names contain this, such as exec_blackout or registry
     filter: Option<String>,
+    #[command(flatten)]
+    peer: PeerArgs,
 }
 
 /// Runs the benchmarks and prints the table; false if `--strict` and a limit was missed.
 pub(crate) fn bench(arguments: &BenchArgs) -> Result<bool> {
+    if arguments.peer.peer.is_some() {
+        return peer::compare(&arguments.peer, arguments.strict);
+    }
     let paint = Paint::stdout();
     let home = workspace().join("target/criterion");
     // All builds first, with progress: what follows is measured. The benchmark's own build of the program has more

@@ -128,8 +128,18 @@ impl Build {
 
     /// The root's QEMU as a program of this host.
     pub(super) fn qemu(&self) -> Command {
+        self.qemu_named("qemu-system-x86_64")
+    }
+
+    /// Whether the root has this program in `/usr/bin`.
+    pub(super) fn has_program(&self, name: &str) -> bool {
+        self.dir.join("root/usr/bin").join(name).is_file()
+    }
+
+    /// As [`qemu`](Self::qemu), with another of the QEMUs that Debian builds.
+    pub(super) fn qemu_named(&self, name: &str) -> Command {
         let root = self.dir.join("root");
-        let mut command = program_of(&root, "usr/bin/qemu-system-x86_64");
+        let mut command = program_of(&root, &format!("usr/bin/{name}"));
         command.arg("-L").arg(root.join("usr/share/qemu")).arg("-L").arg(root.join("usr/share/seabios"));
         command
     }

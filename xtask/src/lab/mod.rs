@@ -44,7 +44,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
-use anyhow::{Result, ensure};
+use anyhow::{Result, bail, ensure};
 
 pub(crate) use cargo::release_program;
 pub(crate) use cli::{LabArgs, lab};
@@ -199,6 +199,29 @@ impl fmt::Display for LabReport {
 /// There is no cache folder.
 pub(crate) fn obstacle() -> Result<Option<String>> {
     if Build::is_cached(&Cache::open()?) { Ok(None) } else { Ok(host::obstacle()) }
+}
+
+/// The QEMUs of the lab's Debian root, as programs of this host. They stay in the cache while this value lives.
+pub(crate) struct LabQemu {
+    build: Build,
+}
+
+impl LabQemu {
+    /// Makes the lab's build unless it is cached, with progress on stderr.
+    ///
+    /// # Errors
+    /// It cannot be built on this machine, or a step of the build failed; the error says what to do.
+    pub(crate) fn get() -> Result<LabQemu> {
+        if let Some(reason) = obstacle()? {
+            bail!("the Debian root with QEMU cannot be made here: {reason}");
+        }
+        Ok(LabQemu { build: Build::get(&Cache::open()?)? })
+    }
+
+    /// QEMU as `name` of `/usr/bin`; `None` if Debian has no such build of it.
+    pub(crate) fn command(&self, name: &str) -> Option<Command> {
+        self.build.has_program(name).then(|| self.build.qemu_named(name))
+    }
 }
 
 /// Builds the lab into the cache, if it is not there.
