@@ -85,7 +85,7 @@ pub trait Host {
 
     /// Writes what the target must know before it creates a device. Small.
     ///
-    /// Called once per attempt: with the guest stopped, or, in a mode whose target is built alongside, while it runs.
+    /// Called once per attempt. The guest runs, but for modes that stop it first ([`Course::Halted`](crate::Course::Halted)).
     ///
     /// # Errors
     /// Something cannot travel now; it should name itself.
@@ -94,12 +94,25 @@ pub trait Host {
         Ok(())
     }
 
-    /// Writes every component's section, with the guest stopped. A mode that departs calls it twice: the first is a
-    /// rehearsal, after which the guest runs on.
+    /// How many bytes [`save`](Self::save) will take at most, more or less.
+    fn state_len_hint(&self) -> usize {
+        64 << 10
+    }
+
+    /// Writes every component's section, with the guest stopped.
     ///
     /// # Errors
     /// A component cannot be saved now; it should name itself.
     fn save(&mut self, main: &mut FrameWriter) -> Result<(), BoxError>;
+
+    /// The program is about to save its early sections, to stop the guest and to leave its process. Whoever is not to hear
+    /// from it in its other process, because the target talks to them from now on, is told the last here.
+    ///
+    /// # Errors
+    /// The update is rolled back.
+    fn before_departure(&mut self) -> Result<(), BoxError> {
+        Ok(())
+    }
 
     /// The program is about to leave its process ([`Course::Departing`](crate::Course::Departing)), which ends all threads
     /// but the loop's. The guest is stopped. Have threads end in good order here, and start them anew in

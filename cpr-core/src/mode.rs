@@ -197,7 +197,7 @@ pub enum Course {
 pub enum Introduced {
     /// It has it.
     Done,
-    /// It gets it by this, with the guest stopped: [`Course::Departing`].
+    /// It gets it by this, once the guest is stopped: [`Course::Departing`].
     Terminal(TerminalAction),
 }
 
@@ -253,9 +253,9 @@ pub trait CprMode {
     /// Gives the target what it needs to build: writes the registry with the mode's own descriptor codec into
     /// `state.early`, finishes that frame and sends it. A descriptor that the mode cannot carry is refused here, by name.
     ///
-    /// [`Course::Alongside`]: the guest runs, and `state.main` is empty. [`Course::Departing`]: the guest is stopped, and
-    /// `state.main` is a rehearsal: what cannot be saved or written is to be found out while the program still has its
-    /// process. The state that counts comes with [`hand_over`](Self::hand_over).
+    /// The guest runs. Under [`Course::Departing`] it is stopped between this and the terminal action, and `state.main` is no
+    /// state but as large as one: that there is no room for it is to be found out while the program still has its process. The
+    /// state comes with [`hand_over`](Self::hand_over). Under [`Course::Alongside`] `state.main` is empty.
     ///
     /// # Errors
     /// The update is rolled back and the guest resumes.

@@ -161,6 +161,9 @@ pub(crate) struct UpdateSection {
 /// Name of the early section that says which update a frame belongs to.
 pub(crate) const UPDATE_SECTION: &str = "cpr-core/update";
 
+/// Name of the only section of a main frame that takes the room of one to come.
+const ROOM_SECTION: &str = "cpr-core/room";
+
 /// Version 1 of the main `cpr-core/activity` section.
 #[derive(Debug, Serialize, Deserialize)]
 pub(crate) struct ActivitySection {
@@ -261,10 +264,12 @@ impl Update {
             }
             State::Depart => {
                 let _span = tracing::info_span!("depart").entered();
-                self.stop_guest(host)?;
-                let state = StateWriter { main: self.main_frame(host)?, early: self.early_frame(host)? };
-                host.depart().map_err(|source| self.prepare_error(source))?;
-                self.introduce(host, state)
+                host.before_departure().map_err(|source| self.prepare_error(source))?;
+                let early = self.early_frame(host)?;
+                let mut main = FrameWriter::default();
+                main.put(ROOM_SECTION, 0, 1, vec![0; host.state_len_hint()]).map_err(save_error)?;
+                // Everything but the departure itself is done before the guest stops.
+                self.introduce(host, StateWriter { early, main })
             }
             State::Leaving => {
                 self.state = State::Leaving;
@@ -383,6 +388,8 @@ impl Update {
                 Ok(Step::Again)
             }
             Introduced::Terminal(action) => {
+                self.stop_guest(host)?;
+                host.depart().map_err(|source| self.prepare_error(source))?;
                 host.request_terminal(action);
                 self.state = State::Leaving;
                 Ok(Step::Terminal)

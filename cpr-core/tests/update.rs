@@ -268,6 +268,10 @@ impl Host for FakeHost {
         Ok(())
     }
 
+    fn before_departure(&mut self) -> Result<(), BoxError> {
+        self.visit("before_departure")
+    }
+
     fn depart(&mut self) -> Result<(), BoxError> {
         self.visit("depart")
     }
@@ -444,12 +448,11 @@ fn a_departing_program_runs_the_guest_elsewhere_until_the_target_is_ready() {
             "early Prepare",
             "late Prepare",
             "mode prepare",
-            // Subscribers are not told: the guest's components stay as they are.
-            "host stop",
-            "host save",
+            "host before_departure",
             "host save_early",
-            "host depart",
             "mode introduce",
+            "host stop",
+            "host depart",
             "host request_terminal",
             "last act",
             "host departed",
@@ -471,7 +474,7 @@ fn a_departing_program_runs_the_guest_elsewhere_until_the_target_is_ready() {
         ]
     );
     let frames: Vec<_> = frames.lock().unwrap().iter().map(sections).collect();
-    assert_eq!(frames, [[EARLY, MAIN], ["", MAIN]], "a rehearsal, then the state that counts");
+    assert_eq!(frames, [[EARLY, "cpr-core/room/0"], ["", MAIN]], "room for the state, then the state");
 }
 
 #[test]
@@ -635,11 +638,16 @@ fn every_failure_on_the_way_to_another_process_or_there_is_undone_too() {
     let cases = [
         (Subscriber(Event::Prepare), "early failed at Prepare: no", RUNS, HERE),
         (Place::Mode("prepare"), "a-mode-of-this-test could not prepare: broken prepare", RUNS, HERE),
+        (
+            Place::Host("before_departure"),
+            "a-mode-of-this-test could not prepare: broken before_departure",
+            RUNS,
+            HERE,
+        ),
+        (Place::Host("save_early"), "the state could not be saved: broken save_early", RUNS, HERE),
+        (Place::Mode("introduce"), "a-mode-of-this-test could not prepare: broken introduce", RUNS, HERE),
         (Place::Host("stop"), "the guest could not be stopped: broken stop", STANDS, HERE),
-        (Place::Host("save"), "the state could not be saved: broken save", STANDS, HERE),
-        (Place::Host("save_early"), "the state could not be saved: broken save_early", STANDS, HERE),
         (Place::Host("depart"), "a-mode-of-this-test could not prepare: broken depart", STANDS, HERE),
-        (Place::Mode("introduce"), "a-mode-of-this-test could not prepare: broken introduce", STANDS, HERE),
         (LastAct, "a-mode-of-this-test could not hand over: came back", STANDS, HERE),
         (Place::Host("departed"), "a-mode-of-this-test could not hand over: broken departed", STANDS, THERE),
         (
@@ -650,7 +658,7 @@ fn every_failure_on_the_way_to_another_process_or_there_is_undone_too() {
         ),
         (HostAgain("stop"), "the guest could not be stopped: broken stop", STANDS, THERE),
         (Subscriber(Event::Stopped), "early failed at Stopped: no", STANDS, THERE),
-        (HostAgain("save"), "the state could not be saved: broken save", STANDS, THERE),
+        (Place::Host("save"), "the state could not be saved: broken save", STANDS, THERE),
         (Subscriber(Event::HandOver), "early failed at HandOver: no", STANDS, THERE),
         (
             Place::Mode("hand_over"),

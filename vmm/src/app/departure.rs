@@ -8,6 +8,7 @@ use anyhow::Context;
 
 use super::{App, FrontEnd, RunState, User};
 use crate::event_loop::EventLoop;
+use crate::migration::Status;
 
 impl App {
     /// The chardev that COM1 is connected to.
@@ -15,6 +16,19 @@ impl App {
         let is_serial =
             |front_end: &FrontEnd| front_end.users.iter().any(|user| matches!(user, User::Serial(_)));
         self.parts.front_ends.iter().position(is_serial)
+    }
+
+    /// Monitors hear of the stop and of what follows now, for the next program has them from here on.
+    pub(super) fn say_farewell(&mut self) {
+        self.progress.status = Status::Active;
+        self.emit_migration_event();
+        if self.parts.run_state == RunState::Running {
+            self.emit("STOP", None);
+        }
+        self.progress.status = Status::Device;
+        self.emit_migration_event();
+        self.deliver_events();
+        self.stop_told = true;
     }
 
     /// Threads end here, in good order; [`App::run_guest`] starts them anew.
@@ -56,9 +70,8 @@ impl App {
             Err(error) => tracing::error!(%error, "signals may go unnoticed"),
         }
         self.tell_resets();
-        if self.parts.run_state == RunState::Running {
-            self.emit("RESUME", None);
-        }
+        // As it is told after a farewell that led nowhere.
+        self.stop_told = true;
     }
 
     /// Monitors hear of resets that happened while nobody could tell them.

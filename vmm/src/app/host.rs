@@ -45,6 +45,11 @@ struct OutsideSection {
     resets: Vec<Reset>,
 }
 
+/// Bytes of state of a machine without vCPUs, generously.
+const STATE_LEN: usize = 32 << 10;
+/// Bytes of state of a vCPU, of which its extended registers are the most.
+const VCPU_LEN: usize = 24 << 10;
+
 /// What was loaded and must wait for the commit.
 #[derive(Debug, Default)]
 pub(super) struct Loaded {
@@ -389,8 +394,10 @@ impl Host for App {
     }
 
     fn stop(&mut self, deadline: Instant) -> Result<GuestActivity, BoxError> {
-        self.progress.status = Status::Active;
-        self.emit_migration_event();
+        if !self.stop_told {
+            self.progress.status = Status::Active;
+            self.emit_migration_event();
+        }
         self.state_before_update = self.parts.run_state;
         let ran =
             self.pause_guest(RunState::FinishMigrate, deadline.saturating_duration_since(Instant::now()))?;
@@ -409,6 +416,7 @@ impl Host for App {
 
     fn resume(&mut self, activity: GuestActivity) -> Result<(), BoxError> {
         self.saved_fds.clear();
+        self.stop_told = false;
         match activity {
             _ if self.guest_has_ended() => Ok(()),
             GuestActivity::Running => Ok(self.run_guest()?),
@@ -428,6 +436,15 @@ impl Host for App {
         self.progress.status = Status::Device;
         self.emit_migration_event();
         Ok(self.save_sections(main)?)
+    }
+
+    fn state_len_hint(&self) -> usize {
+        STATE_LEN + usize::from(self.parts.config.cpus) * VCPU_LEN
+    }
+
+    fn before_departure(&mut self) -> Result<(), BoxError> {
+        self.say_farewell();
+        Ok(())
     }
 
     fn depart(&mut self) -> Result<(), BoxError> {

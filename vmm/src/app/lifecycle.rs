@@ -92,7 +92,9 @@ impl App {
         let ran = self.parts.run_state == RunState::Running;
         if ran {
             self.parts.machine.pause(timeout)?;
-            self.emit("STOP", None);
+            if !self.stop_told {
+                self.emit("STOP", None);
+            }
         }
         self.set_run_state(state);
         Ok(ran)

@@ -77,6 +77,8 @@ pub struct App {
     terminal: Option<TerminalAction>,
     /// This is the keeper: another process has the monitors, and this one runs the guest until that one is built.
     departed: bool,
+    /// Monitors were told that the guest stops.
+    stop_told: bool,
     /// The keeper of the update that this program came from, until it has ended.
     keeper: Option<(Arc<KeeperEnd>, cpr_core::Incoming)>,
     /// A monitor that waits for the end of the update.
@@ -111,6 +113,7 @@ impl App {
             update_wait: None,
             terminal: None,
             departed: false,
+            stop_told: false,
             keeper: None,
             suspended: false,
             resumed: false,
@@ -287,6 +290,9 @@ impl App {
                 Outcome::HandedOver => self.leave_it_to_the_target(),
                 Outcome::Failed { .. } => self.come_back(),
             }
+        }
+        if std::mem::take(&mut self.stop_told) && self.parts.run_state == RunState::Running {
+            self.emit("RESUME", None);
         }
         match outcome {
             Outcome::HandedOver => self.progress.status = Status::Completed,
