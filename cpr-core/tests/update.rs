@@ -11,7 +11,7 @@ use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use cpr_core::error::BoxError;
-use cpr_core::frame::Frame;
+use cpr_core::frame::{Frame, FrameWriter};
 use cpr_core::ownership::Owner;
 use cpr_core::{
     Arrival, Attempt, Backing, Control, CprMode, Event, FdKind, FdPolicy, FdRegistry, GuestActivity,
@@ -722,6 +722,25 @@ fn an_update_of_another_mode_or_without_an_update_is_refused() {
     sent.arrival.early.take("cpr-core/update", 0).unwrap();
     let error = Incoming::begin(&mut services, sent.arrival).unwrap_err().to_string();
     assert_eq!(error, "state section 'cpr-core/update' instance 0 is missing");
+}
+
+#[test]
+fn a_guest_that_has_been_through_more_updates_than_can_be_counted_is_refused() {
+    for (before, after) in [(u64::MAX - 1, Some(u64::MAX)), (u64::MAX, None)] {
+        let mut sent = send(&Services::default(), GuestActivity::Running);
+        let epoch = sent.arrival.early.epoch;
+        let mut early = FrameWriter::default();
+        early.put_value("cpr-core/update", 0, 1, &("a-mode-of-this-test", before, true)).unwrap();
+        sent.arrival.early = Frame::parse(&early.finish(epoch)).unwrap();
+        let mut services = Services::default();
+        let result = Incoming::begin(&mut services, sent.arrival);
+        assert_eq!(result.is_ok().then_some(services.generation), after);
+        if let Err(error) = result {
+            let expected =
+                format!("state section 'cpr-core/update' instance 0 is malformed: generation {before}");
+            assert_eq!(error.to_string(), expected);
+        }
+    }
 }
 
 #[test]
