@@ -22,7 +22,7 @@ use crate::cli::config::{Config, MachineType};
 use crate::errors;
 use crate::migration::{Settings, Status, main_channel};
 use crate::monitor::mux::Mux;
-use crate::monitor::{Channel, QmpError, Reply, hmp, qmp};
+use crate::monitor::{Channel, MAX_RECEIVED_FDS, QmpError, Reply, hmp, qmp};
 
 /// Early section: chardevs, monitors, migration settings.
 const MONITORS: &str = "cpr-vmm/monitors";
@@ -63,6 +63,16 @@ enum UserState {
     Serial(Vec<u8>),
     Hmp(Option<hmp::SessionState>, u64),
     Qmp(Option<qmp::SessionState>, u64),
+}
+
+impl UserState {
+    /// How many descriptors that nobody claimed travel beside it.
+    fn descriptors(&self) -> u64 {
+        match self {
+            UserState::Serial(_) => 0,
+            UserState::Hmp(_, count) | UserState::Qmp(_, count) => *count,
+        }
+    }
 }
 
 /// Version 1 of [`MACHINE`]: must be equal on both sides, but for the run state.
@@ -111,7 +121,16 @@ impl MachineSection {
 /// # Errors
 /// It is missing or damaged.
 pub fn take_early_state(early: &mut Frame) -> anyhow::Result<EarlyState> {
-    Ok(early.require(MONITORS, 0)?.decode(1)?)
+    let section = early.require(MONITORS, 0)?;
+    let state: EarlyState = section.decode(1)?;
+    // What would be looked for, one by one.
+    let counts =
+        state.chardevs.iter().flat_map(|(_, front_end)| &front_end.users).map(UserState::descriptors);
+    if let Some(count) = counts.max().filter(|&count| count > MAX_RECEIVED_FDS as u64) {
+        let reason = format!("a session has {count} descriptors, at most {MAX_RECEIVED_FDS} are kept");
+        return Err(section.malformed(reason).into());
+    }
+    Ok(state)
 }
 
 /// Registry name of descriptors that came to a monitor and that no command claimed yet.
@@ -372,4 +391,33 @@ impl Host for App {
 /// The descriptors that `getfd` named in the source.
 pub fn find_named_fds(names: &[String], registry: &FdRegistry) -> BTreeMap<String, Arc<OwnedFd>> {
     names.iter().filter_map(|name| Some((name.clone(), registry.find(&named_fd(name), 0)?))).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use cpr_core::frame::FrameWriter;
+
+    use super::*;
+
+    #[test]
+    fn a_session_with_more_descriptors_than_it_can_have_is_refused() {
+        type Users = Vec<UserState>;
+        let users: [fn(u64) -> Users; 2] =
+            [|count| vec![UserState::Hmp(None, count)], |count| vec![UserState::Qmp(None, count)]];
+        for users in users {
+            for (count, good) in [(16, true), (17, false), (u64::MAX, false)] {
+                let chardev = ("stdio", true, b"".to_vec(), None::<()>);
+                let state =
+                    (vec![(chardev, (None::<Mux>, users(count)))], Settings::default(), [""; 0].to_vec());
+                let mut early = FrameWriter::default();
+                early.put_value(MONITORS, 0, 1, &state).unwrap();
+                let result = take_early_state(&mut Frame::parse(&early.finish(1)).unwrap());
+                let expected = format!(
+                    "state section 'cpr-vmm/monitors' instance 0 is malformed: a session has {count} descriptors, at \
+                     most 16 are kept"
+                );
+                assert_eq!(result.err().map(|error| error.to_string()), (!good).then_some(expected));
+            }
+        }
+    }
 }
