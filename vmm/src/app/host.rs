@@ -133,6 +133,31 @@ pub fn take_early_state(early: &mut Frame) -> anyhow::Result<EarlyState> {
     Ok(state)
 }
 
+/// Takes what the main frame says of the guest: what it is in afterwards if it did not run, and the machine's state, whose
+/// values nobody has checked yet.
+///
+/// # Errors
+/// A section is missing or damaged, or the guest has another machine than `config`.
+pub fn read_machine(main: &mut Frame, config: &Config) -> anyhow::Result<(RunState, MachineState)> {
+    let machine: MachineSection = main.require(MACHINE, 0)?.decode(1)?;
+    let run_state = match machine.run_state.as_str() {
+        "prelaunch" => RunState::Prelaunch,
+        _ => RunState::Paused,
+    };
+    MachineSection::of(config, run_state).check(&machine)?;
+    let mut vcpus = Vec::new();
+    for instance in 0..machine.vcpus {
+        vcpus.push(main.require(VCPU, instance)?.decode(1)?);
+    }
+    let state = MachineState {
+        vm: main.require(VM, 0)?.decode(1)?,
+        vcpus,
+        serial: main.require(SERIAL, 0)?.decode(1)?,
+        platform: main.require(PLATFORM, 0)?.decode(1)?,
+    };
+    Ok((run_state, state))
+}
+
 /// Registry name of descriptors that came to a monitor and that no command claimed yet.
 fn received_fd(chardev: &str) -> String {
     format!("received/{chardev}")
@@ -250,22 +275,8 @@ impl App {
     }
 
     fn load_sections(&mut self, main: &mut Frame) -> anyhow::Result<()> {
-        let machine: MachineSection = main.require(MACHINE, 0)?.decode(1)?;
-        MachineSection::of(&self.parts.config, self.parts.run_state).check(&machine)?;
-        self.state_before_update = match machine.run_state.as_str() {
-            "prelaunch" => RunState::Prelaunch,
-            _ => RunState::Paused,
-        };
-        let mut vcpus = Vec::new();
-        for instance in 0..machine.vcpus {
-            vcpus.push(main.require(VCPU, instance)?.decode(1)?);
-        }
-        let state = MachineState {
-            vm: main.require(VM, 0)?.decode(1)?,
-            vcpus,
-            serial: main.require(SERIAL, 0)?.decode(1)?,
-            platform: main.require(PLATFORM, 0)?.decode(1)?,
-        };
+        let (run_state, state) = read_machine(main, &self.parts.config)?;
+        self.state_before_update = run_state;
         self.parts.machine.restore(&state).context("the machine refuses the state")
     }
 

@@ -33,7 +33,7 @@ use crate::monitor::Channel;
 use crate::startup::{self, Arriving};
 
 pub use front_ends::{FrontEnd, User};
-pub use host::{EarlyState, find_named_fds, take_early_state};
+pub use host::{EarlyState, find_named_fds, read_machine, take_early_state};
 pub use lifecycle::{Exit, RunState};
 pub use observer::BlackoutObserver;
 
