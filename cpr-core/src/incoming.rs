@@ -65,8 +65,11 @@ impl Incoming {
             let reason = format!("written by mode '{}', received by '{}'", update.mode, arrival.mode.id);
             return Err(section.malformed(reason).into());
         }
+        let generation = update.generation.checked_add(1);
+        let generation =
+            generation.ok_or_else(|| section.malformed(format!("generation {}", update.generation)))?;
         services.registry.absorb(arrival.registry).map_err(|error| section.malformed(error))?;
-        services.generation = update.generation + 1;
+        services.generation = generation;
         let mut incoming = Incoming {
             mode: arrival.mode,
             services: services.clone(),

@@ -1131,6 +1131,25 @@ fn a_state_that_does_not_say_whether_the_guest_runs_is_refused() {
 }
 
 #[test]
+fn a_guest_that_has_been_through_more_updates_than_can_be_counted_is_refused() {
+    for (before, after) in [(u64::MAX - 1, Some(u64::MAX)), (u64::MAX, None)] {
+        let mut sent = send(&Services::default(), GuestActivity::Running);
+        let epoch = sent.arrival.early.epoch;
+        let mut early = FrameWriter::default();
+        early.put_value("cpr-core/update", 0, 1, &("a-mode-of-this-test", before)).unwrap();
+        sent.arrival.early = Frame::parse(&early.finish(epoch)).unwrap();
+        let mut services = Services::default();
+        let result = Incoming::begin(&mut services, sent.arrival);
+        assert_eq!(result.is_ok().then_some(services.generation), after);
+        if let Err(error) = result {
+            let expected =
+                format!("state section 'cpr-core/update' instance 0 is malformed: generation {before}");
+            assert_eq!(error.to_string(), expected);
+        }
+    }
+}
+
+#[test]
 fn an_arrival_cannot_replace_what_the_target_opened_itself() {
     let (from, _owners) = source_services();
     let sent = send(&from, GuestActivity::Running);

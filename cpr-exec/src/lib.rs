@@ -40,6 +40,23 @@ pub fn mode_info() -> ModeInfo {
     ModeInfo { id: MODE, properties: PROPERTIES }
 }
 
+/// What the fuzz bodies need of what is private.
+#[cfg(feature = "fuzzing")]
+#[doc(hidden)]
+pub mod fuzzing {
+    use cpr_core::frame::{FrameError, Section};
+    use oslib::signals::SignalMask;
+
+    /// Reads the section `cpr-exec/process` as [`receive`](crate::receive) does.
+    ///
+    /// # Errors
+    /// It is damaged.
+    pub fn read_process(section: &Section) -> Result<(SignalMask, crate::MainChannel), FrameError> {
+        let process: crate::ProcessSection = section.decode(1)?;
+        Ok((SignalMask::from_bits(process.signal_mask), process.main.into()))
+    }
+}
+
 /// Registry names of the mode's own descriptors.
 mod names {
     pub(crate) const CONTROL: &str = "cpr-exec/control";

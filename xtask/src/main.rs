@@ -3,6 +3,7 @@
 mod lab;
 mod task_bench;
 mod task_demo;
+mod task_fuzz;
 mod task_lab;
 mod task_payload;
 mod task_prepush;
@@ -25,6 +26,8 @@ enum Task {
     Bench(task_bench::BenchArgs),
     /// Test whole machines on an emulated host with a real /dev/kvm
     Lab(lab::LabArgs),
+    /// Fuzz everything that reads bytes of others, for a bounded time
+    Fuzz(task_fuzz::FuzzArgs),
     /// Write the built-in guest as a file that other VMMs boot, too
     Payload(task_payload::PayloadArgs),
     /// Do what CI does: formatting, lints, documentation, tests
@@ -37,6 +40,7 @@ fn main() -> anyhow::Result<ExitCode> {
         Task::Test(arguments) => task_test::test(&arguments)?,
         Task::Bench(arguments) => task_bench::bench(&arguments)?,
         Task::Lab(arguments) => task_lab::lab(arguments)?,
+        Task::Fuzz(arguments) => task_fuzz::fuzz(&arguments)?,
         Task::Payload(arguments) => task_payload::payload(&arguments)?,
         Task::Prepush(arguments) => task_prepush::prepush(&arguments)?,
     };

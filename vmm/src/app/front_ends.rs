@@ -193,17 +193,29 @@ impl App {
                 let Some(mut session) = session.take() else { return };
                 // Looked up each time, because windows are resized.
                 session.set_columns(self.parts.chardevs[at].columns());
-                session.process(self);
-                let written = session.output().len();
-                self.parts.chardevs[at].output().write(session.output());
-                session.consume_output(written);
+                loop {
+                    session.process(self);
+                    let written = session.output().len();
+                    self.parts.chardevs[at].output().write(session.output());
+                    session.consume_output(written);
+                    if session.is_waiting() || session.wants_input() {
+                        break;
+                    }
+                }
                 self.parts.front_ends[at].users[user] = User::Hmp(Some(session));
             }
             User::Qmp(session) => {
                 let Some(mut session) = session.take() else { return };
-                session.process(self);
+                loop {
+                    session.process(self);
+                    let written = session.output().len();
+                    self.parts.chardevs[at].output().write(session.output());
+                    session.consume_output(written);
+                    if session.is_waiting() || session.wants_input() {
+                        break;
+                    }
+                }
                 self.parts.front_ends[at].users[user] = User::Qmp(Some(session));
-                self.send_qmp(at, user);
             }
         }
     }

@@ -23,7 +23,7 @@ use crate::cli::config::{Config, MachineType};
 use crate::errors;
 use crate::migration::{Settings, Status, main_channel};
 use crate::monitor::mux::Mux;
-use crate::monitor::{Channel, QmpError, Reply, hmp, qmp};
+use crate::monitor::{Channel, MAX_RECEIVED_FDS, QmpError, Reply, hmp, qmp};
 
 /// Early section: chardevs, monitors, migration settings.
 const MONITORS: &str = "cpr-vmm/monitors";
@@ -89,6 +89,16 @@ enum UserState {
     Serial(Vec<u8>),
     Hmp(Option<hmp::SessionState>, u64),
     Qmp(Option<qmp::SessionState>, u64),
+}
+
+impl UserState {
+    /// How many descriptors that nobody claimed travel beside it.
+    fn descriptors(&self) -> u64 {
+        match self {
+            UserState::Serial(_) => 0,
+            UserState::Hmp(_, count) | UserState::Qmp(_, count) => *count,
+        }
+    }
 }
 
 /// Version 1 of [`MACHINE`]: must be equal on both sides, but for the run state.
@@ -157,7 +167,52 @@ impl MachineSection {
 /// # Errors
 /// It is missing or damaged.
 pub fn take_early_state(early: &mut Frame) -> anyhow::Result<EarlyState> {
-    Ok(early.require(MONITORS, 0)?.decode(1)?)
+    let section = early.require(MONITORS, 0)?;
+    let state: EarlyState = section.decode(1)?;
+    // What would be looked for, one by one.
+    let counts =
+        state.chardevs.iter().flat_map(|(_, front_end)| &front_end.users).map(UserState::descriptors);
+    if let Some(count) = counts.max().filter(|&count| count > MAX_RECEIVED_FDS as u64) {
+        let reason = format!("a session has {count} descriptors, at most {MAX_RECEIVED_FDS} are kept");
+        return Err(section.malformed(reason).into());
+    }
+    Ok(state)
+}
+
+/// What the main frame says of the guest. Values of the machine's state have not been checked yet.
+#[derive(Debug)]
+pub struct Arrived {
+    /// What the guest is in afterwards, if it did not run.
+    pub run_state: RunState,
+    /// The machine.
+    pub state: MachineState,
+    outside: OutsideSection,
+    ended: Option<GuestEnd>,
+}
+
+/// Takes what the main frame says of the guest.
+///
+/// # Errors
+/// A section is missing or damaged, or the guest has another machine than `config`.
+pub fn read_machine(main: &mut Frame, config: &Config) -> anyhow::Result<Arrived> {
+    let machine: MachineSection = main.require(MACHINE, 0)?.decode(1)?;
+    let run_state = match machine.run_state.as_str() {
+        "prelaunch" => RunState::Prelaunch,
+        _ => RunState::Paused,
+    };
+    MachineSection::of(config, run_state, None).check(&machine)?;
+    let mut vcpus = Vec::new();
+    for instance in 0..machine.vcpus {
+        vcpus.push(main.require(VCPU, instance)?.decode(1)?);
+    }
+    let state = MachineState {
+        vm: main.require(VM, 0)?.decode(1)?,
+        vcpus,
+        serial: main.require(SERIAL, 0)?.decode(1)?,
+        platform: main.require(PLATFORM, 0)?.decode(1)?,
+    };
+    let outside = main.require(OUTSIDE, 0)?.decode(1)?;
+    Ok(Arrived { run_state, state, outside, ended: machine.ended })
 }
 
 /// Registry name of descriptors that came to a monitor and that no command claimed yet.
@@ -284,25 +339,10 @@ impl App {
     }
 
     fn load_sections(&mut self, main: &mut Frame) -> anyhow::Result<()> {
-        let machine: MachineSection = main.require(MACHINE, 0)?.decode(1)?;
-        MachineSection::of(&self.parts.config, self.parts.run_state, None).check(&machine)?;
-        self.state_before_update = match machine.run_state.as_str() {
-            "prelaunch" => RunState::Prelaunch,
-            _ => RunState::Paused,
-        };
-        let mut vcpus = Vec::new();
-        for instance in 0..machine.vcpus {
-            vcpus.push(main.require(VCPU, instance)?.decode(1)?);
-        }
-        let state = MachineState {
-            vm: main.require(VM, 0)?.decode(1)?,
-            vcpus,
-            serial: main.require(SERIAL, 0)?.decode(1)?,
-            platform: main.require(PLATFORM, 0)?.decode(1)?,
-        };
-        let outside: OutsideSection = main.require(OUTSIDE, 0)?.decode(1)?;
+        let Arrived { run_state, state, outside, ended } = read_machine(main, &self.parts.config)?;
+        self.state_before_update = run_state;
         self.parts.machine.restore(&state).context("the machine refuses the state")?;
-        self.loaded = Loaded { outside, ended: machine.ended };
+        self.loaded = Loaded { outside, ended };
         Ok(())
     }
 
@@ -467,4 +507,33 @@ impl Host for App {
 /// The descriptors that `getfd` named in the source.
 pub fn find_named_fds(names: &[String], registry: &FdRegistry) -> BTreeMap<String, Arc<OwnedFd>> {
     names.iter().filter_map(|name| Some((name.clone(), registry.find(&named_fd(name), 0)?))).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use cpr_core::frame::FrameWriter;
+
+    use super::*;
+
+    #[test]
+    fn a_session_with_more_descriptors_than_it_can_have_is_refused() {
+        type Users = Vec<UserState>;
+        let users: [fn(u64) -> Users; 2] =
+            [|count| vec![UserState::Hmp(None, count)], |count| vec![UserState::Qmp(None, count)]];
+        for users in users {
+            for (count, good) in [(16, true), (17, false), (u64::MAX, false)] {
+                let chardev = ("stdio", true, b"".to_vec(), None::<()>);
+                let state =
+                    (vec![(chardev, (None::<Mux>, users(count)))], Settings::default(), [""; 0].to_vec());
+                let mut early = FrameWriter::default();
+                early.put_value(MONITORS, 0, 1, &state).unwrap();
+                let result = take_early_state(&mut Frame::parse(&early.finish(1)).unwrap());
+                let expected = format!(
+                    "state section 'cpr-vmm/monitors' instance 0 is malformed: a session has {count} descriptors, at \
+                     most 16 are kept"
+                );
+                assert_eq!(result.err().map(|error| error.to_string()), (!good).then_some(expected));
+            }
+        }
+    }
 }

@@ -36,7 +36,7 @@ use crate::startup::{self, Arriving};
 
 pub use front_ends::{FrontEnd, User};
 use host::Loaded;
-pub use host::{EarlyState, find_named_fds, take_early_state};
+pub use host::{Arrived, EarlyState, find_named_fds, read_machine, take_early_state};
 use lifecycle::Reset;
 pub use lifecycle::{Exit, RunState};
 pub use observer::BlackoutObserver;

@@ -204,13 +204,13 @@ impl Editor {
         let text = floor(&state.text, MAX_LINE_BYTES);
         editor.line.update(text, floor(text, state.cursor as usize).len(), &mut Silent);
         for line in state.history {
-            editor.remember(&line);
+            editor.remember(floor(&line, MAX_LINE_BYTES));
         }
         editor.recalled = state
             .recalled
-            .map(|(index, text)| (index as usize, text))
+            .map(|(index, text)| (index as usize, floor(&text, MAX_LINE_BYTES).to_owned()))
             .filter(|(index, _)| *index < editor.history.len());
-        editor.killed.0 = state.killed;
+        floor(&state.killed, MAX_LINE_BYTES).clone_into(&mut editor.killed.0);
         if state.key.len() < MAX_KEY_BYTES {
             editor.key = state.key;
         }
@@ -434,6 +434,7 @@ fn decode(bytes: &[u8]) -> Key {
         // Escape alone is the start of a sequence or stands for Alt, however long the next byte takes.
         [ESCAPE] => return Key::Partial,
         [b'\n'] => return Key::Special(KeyCode::Enter.into()),
+        _ if is_mouse_report(bytes) => return Key::Unknown,
         _ => {}
     }
     match Event::parse_from(bytes) {
@@ -445,6 +446,16 @@ fn decode(bytes: &[u8]) -> Key {
             _ => Key::Special(key),
         },
         Ok(Some(_)) | Err(_) => Key::Unknown,
+    }
+}
+
+/// Whether a byte sequence says what the mouse did, in the forms of xterm (`ESC [ < ... M` or `m`) and rxvt (`ESC [ ... M`).
+/// No key is like that, and terminput trusts the numbers in it.
+fn is_mouse_report(bytes: &[u8]) -> bool {
+    match bytes {
+        [ESCAPE, b'[', b'<', .., last] => matches!(last, b'M' | b'm'),
+        [ESCAPE, b'[', b'0'..=b'9', .., last] => *last == b'M',
+        _ => false,
     }
 }
 
@@ -597,6 +608,15 @@ mod tests {
     }
 
     #[test]
+    fn mouse_reports_are_no_keys() {
+        // Nobody asked the terminal for them. Places count from 1; these say 0, or no place at all.
+        for report in ["\x1b[<0;0;1M", "\x1b[<0;1;0m", "\x1b[<M", "\x1b[32;0;1M", "\x1b[32;1;0M", "\x1b[M !!"]
+        {
+            assert_eq!(typed(&format!("a{report}b")), "ab|", "{report:?}");
+        }
+    }
+
+    #[test]
     fn bad_utf8_is_left_out() {
         let mut editor = Editor::new(PROMPT);
         type_in(&mut editor, b"a\xc3b\xff\x80c");
@@ -685,6 +705,22 @@ mod tests {
         assert_eq!(editor.text_before_cursor(), "é");
         assert_eq!(editor.text().len(), MAX_LINE_BYTES);
         type_in(&mut editor, b"\x10\x0e\x0e");
+
+        // Longer than a line can be, and with a character across the limit.
+        let long = format!("x{}", "é".repeat(MAX_LINE_BYTES));
+        let state = EditorState {
+            history: vec![long.clone()],
+            recalled: Some((0, long.clone())),
+            killed: long,
+            ..EditorState::default()
+        };
+        let mut editor = Editor::restore(PROMPT, state);
+        type_in(&mut editor, b"\x0e");
+        assert_eq!(editor.text().len(), MAX_LINE_BYTES - 1);
+        type_in(&mut editor, b"\x10");
+        assert_eq!(editor.text().len(), MAX_LINE_BYTES - 1);
+        type_in(&mut editor, b"\x15\x19");
+        assert_eq!(editor.save().killed.len(), MAX_LINE_BYTES - 1);
     }
 
     /// Keys that matter to the editor, in any order.

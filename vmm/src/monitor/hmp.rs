@@ -27,7 +27,7 @@ mod print;
 /// What a line starts with.
 pub const PROMPT: &str = "(qemu) ";
 
-/// While this many bytes of output are undelivered, the session asks for no more input.
+/// While this many bytes of output are undelivered, the session handles no input and asks for none.
 const OUTPUT_HIGH_WATER: usize = 1 << 18;
 
 /// Width that lists of completions are laid out for where the terminal's is unknown.
@@ -147,9 +147,12 @@ impl Session {
         !self.waiting && self.input.is_empty() && self.output.pending().len() < OUTPUT_HIGH_WATER
     }
 
-    /// Handles all input, until a command suspends the session.
+    /// Handles input until there is none, a command suspends the session, or much output is undelivered: one byte of
+    /// input can draw a whole line. Call it again once the output is delivered, until the session
+    /// [wants input](Self::wants_input) or [waits](Self::is_waiting).
     pub fn process(&mut self, backend: &mut dyn Backend) {
         while !self.waiting
+            && self.output.pending().len() < OUTPUT_HIGH_WATER
             && let Some(byte) = self.input.pop_front()
         {
             match self.editor.feed(byte, &mut self.output) {

@@ -23,7 +23,7 @@ use super::framer::{Frame, Framer, FramerState};
 use super::output::OutputBuffer;
 use super::{Backend, Origin, QmpError, Reply, hmp, keep_fds};
 
-/// While this many bytes of output are undelivered, the session asks for no more input.
+/// While this many bytes of output are undelivered, the session handles no input and asks for none.
 const OUTPUT_HIGH_WATER: usize = 1 << 18;
 
 /// One QMP connection.
@@ -129,9 +129,11 @@ impl Session {
         !self.is_waiting() && self.framer.backlog() == 0 && self.output.pending().len() < OUTPUT_HIGH_WATER
     }
 
-    /// Answers every request that is complete, until one suspends the session.
+    /// Answers the requests that are complete, until one suspends the session or much output is undelivered. Call it
+    /// again once the output is delivered, until the session [wants input](Self::wants_input) or
+    /// [waits](Self::is_waiting).
     pub fn process(&mut self, backend: &mut dyn Backend) {
-        while self.waiting.is_none() {
+        while self.waiting.is_none() && self.output.pending().len() < OUTPUT_HIGH_WATER {
             let Some(frame) = self.framer.next() else { return };
             match frame {
                 Frame::Garbage(why) => {
@@ -374,6 +376,23 @@ mod tests {
         .join("\r\n");
         assert_eq!(std::str::from_utf8(session.output()).unwrap(), expected);
         assert_eq!(machine.parameters.mode.as_deref(), Some("cpr-exec"));
+    }
+
+    #[test]
+    fn output_that_nobody_takes_holds_the_input() {
+        let mut session = negotiated();
+        session.feed(&br#"{"execute":"query-commands"}"#.repeat(2000), vec![]);
+        let mut answers = 0;
+        loop {
+            session.process(&mut Machine::default());
+            assert!(session.output().len() < OUTPUT_HIGH_WATER + 4096);
+            answers += lines(session.output()).len();
+            session.consume_output(usize::MAX);
+            if session.wants_input() {
+                break;
+            }
+        }
+        assert_eq!(answers, 2000);
     }
 
     #[test]

@@ -254,6 +254,30 @@ fn a_waiting_migrate_holds_the_prompt_and_the_input() {
 }
 
 #[test]
+fn output_that_nobody_takes_holds_the_input() {
+    // One byte of input that draws a whole line, as often as one read brings it.
+    let mut machine = Machine::default();
+    let mut session = Session::new("hmp0");
+    let line = super::super::editor::MAX_LINE_BYTES;
+    session.feed(&vec![b'x'; line], vec![]);
+    session.feed(&[0x0c; 200], vec![]);
+    session.feed(b"\x15stop\r", vec![]);
+    let mut drawn = 0;
+    loop {
+        session.process(&mut machine);
+        let output = session.output().len();
+        assert!(output < OUTPUT_HIGH_WATER + 2 * line, "{output}");
+        drawn += output;
+        session.consume_output(output);
+        if session.wants_input() {
+            break;
+        }
+    }
+    assert!(drawn > 200 * line);
+    assert_eq!(machine.commands, [Command::Stop]);
+}
+
+#[test]
 fn a_half_typed_line_comes_back() {
     let mut session = Session::new("hmp0");
     session.feed(b"stop\ninfo sta\x02", vec![]);

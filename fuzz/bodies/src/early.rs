@@ -1,0 +1,307 @@
+//! The sections of the early frame: the update, its descriptors, the process, the monitors.
+
+use std::collections::VecDeque;
+use std::fs::File;
+use std::os::fd::{AsFd, OwnedFd};
+use std::sync::{Arc, OnceLock};
+
+use cpr_core::error::BoxError;
+use cpr_core::frame::{Frame, FrameWriter, Section, to_body};
+use cpr_core::{Arrival, Control, FdEntry, FdKind, FdPolicy, FdRegistry, GuestActivity, Incoming, Services};
+use oslib::signals::SignalMask;
+use serde::Serialize;
+use vmm::app::{EarlyState, FrontEnd, User, find_named_fds, take_early_state};
+use vmm::chardev::Chardev;
+use vmm::cli::config::{ChardevBackend, ChardevConfig};
+use vmm::migration::Settings;
+use vmm::monitor::mux::Mux;
+use vmm::monitor::{Channel, hmp, qmp};
+use vmm_core::state::Blob;
+
+use crate::backend::{Machine, ending, persisted};
+use crate::{EPOCH, frame_of, section_of};
+
+pub(crate) const UPDATE: &str = "cpr-core/update";
+pub(crate) const REGISTRY: &str = "cpr-core/registry";
+pub(crate) const PROCESS: &str = "cpr-exec/process";
+pub(crate) const MONITORS: &str = "cpr-vmm/monitors";
+
+/// Gives a frame to everything that reads sections of an early one.
+pub(crate) fn read(mut frame: Frame) {
+    if let Some(section) = frame.take(PROCESS, 0) {
+        read_process(&section);
+    }
+    if let Some(section) = frame.take(REGISTRY, 0) {
+        let _ = decode_registry(&section);
+    }
+    if let Ok(state) = take_early_state(&mut frame) {
+        go_on(state, vec![User::Hmp(None)]);
+    }
+    begin(frame);
+}
+
+/// A good early frame.
+pub(crate) fn writer() -> FrameWriter {
+    let mut writer = FrameWriter::default();
+    for (name, mut seeds) in [
+        (UPDATE, update_seeds()),
+        (REGISTRY, registry_seeds()),
+        (PROCESS, process_seeds()),
+        (MONITORS, monitors_seeds()),
+    ] {
+        writer.put(name, 0, 1, seeds.remove(0)).expect("each name stands once");
+    }
+    writer
+}
+
+/// Begins an update with this early frame.
+fn begin(early: Frame) -> bool {
+    static CONTROL: OnceLock<Control> = OnceLock::new();
+    let control = CONTROL.get_or_init(|| Control::create(EPOCH).expect("a control page")).clone();
+    let mut services = Services::default();
+    let arrival = Arrival { mode: cpr_exec::mode_info(), early, registry: FdRegistry::default(), control };
+    match Incoming::begin(&mut services, arrival) {
+        Ok(mut incoming) => {
+            let _ = (incoming.early().remaining(), incoming.activity() == GuestActivity::Running);
+            incoming.abandon();
+            true
+        }
+        Err(error) => {
+            let _ = vmm::errors::text(&error);
+            false
+        }
+    }
+}
+
+/// The section `cpr-core/update`.
+pub fn update(data: &[u8]) -> bool {
+    begin(frame_of(&[(UPDATE, data)]))
+}
+
+pub(crate) fn update_seeds() -> Vec<Vec<u8>> {
+    vec![to_body(&("cpr-exec", 3_u64)), to_body(&("cpr-exec", u64::MAX - 1))]
+}
+
+fn null() -> std::io::Result<OwnedFd> {
+    static NULL: OnceLock<File> = OnceLock::new();
+    NULL.get_or_init(|| File::open("/dev/null").expect("/dev/null")).as_fd().try_clone_to_owned()
+}
+
+/// Decodes a registry as cpr-exec does, but for the descriptors: every number that can be one stands for /dev/null.
+fn decode_registry(section: &Section) -> Result<FdRegistry, BoxError> {
+    FdRegistry::decode(section, |_, token| {
+        i32::try_from(token)?;
+        Ok(null()?)
+    })
+}
+
+fn entries(registry: &FdRegistry) -> Vec<FdEntry> {
+    registry.unclaimed()
+}
+
+/// The section `cpr-core/registry`.
+pub fn registry(data: &[u8]) -> bool {
+    let registry = match decode_registry(&section_of(REGISTRY, data)) {
+        Ok(registry) => registry,
+        Err(error) => {
+            let _ = vmm::errors::text(error.as_ref());
+            return false;
+        }
+    };
+    let body = registry.encode(|_, _| Ok::<_, ()>(5)).expect("a token for each");
+    let again = decode_registry(&section_of(REGISTRY, &body)).expect("what was just encoded decodes");
+    assert_eq!(entries(&registry), entries(&again));
+
+    let services = Services::default();
+    services.registry.absorb(registry).expect("nothing is there yet");
+    for entry in entries(&again) {
+        assert!(services.registry.find::<OwnedFd>(&entry.name, entry.id).is_some());
+    }
+    assert!(services.registry.unclaimed().is_empty());
+    true
+}
+
+pub(crate) fn registry_seeds() -> Vec<Vec<u8>> {
+    let registry = FdRegistry::default();
+    let fd = Arc::new(null().expect("/dev/null"));
+    let empty = registry.encode(|_, _| Ok::<_, ()>(0)).expect("no token to fail");
+    for (name, id, kind, policy) in [
+        ("ram0", 0, FdKind::Memfd, FdPolicy::MustSurvive),
+        ("chardev/stdio", 1, FdKind::Socket, FdPolicy::MayBeRebuilt),
+        ("getfd/tap", 0, FdKind::Other, FdPolicy::MayBeRebuilt),
+        ("cpr-exec/control", u64::MAX, FdKind::EventFd, FdPolicy::MustSurvive),
+    ] {
+        registry.save(name, id, kind, policy, &fd).expect("each name stands once");
+    }
+    vec![registry.encode(|entry, _| Ok::<_, ()>(entry.id % 100)).expect("no token fails"), empty]
+}
+
+fn read_process(section: &Section) -> bool {
+    match cpr_exec::fuzzing::read_process(section) {
+        Ok((mask, channel)) => {
+            let _ = (mask.bits(), format!("{channel:?}"));
+            true
+        }
+        Err(error) => {
+            let _ = error.to_string();
+            false
+        }
+    }
+}
+
+/// The section `cpr-exec/process`.
+pub fn process(data: &[u8]) -> bool {
+    read_process(&section_of(PROCESS, data))
+}
+
+/// The wire form of a channel, whose own type is private.
+#[derive(Serialize)]
+enum ChannelWire {
+    File { path: Vec<u8>, offset: u64 },
+    Memfd,
+}
+
+/// A target that is given no tables asks KVM for none.
+const NO_CPUID: Vec<Blob> = Vec::new();
+
+pub(crate) fn process_seeds() -> Vec<Vec<u8>> {
+    let file = ChannelWire::File { path: b"/tmp/vm.state".to_vec(), offset: 4096 };
+    vec![to_body(&(0_u64, ChannelWire::Memfd, true)), to_body(&(u64::MAX, file, false))]
+}
+
+/// The section `cpr-vmm/monitors`, and sessions that go on with it: whatever the new command line connects to the
+/// character devices.
+pub fn monitors(data: &[u8]) -> bool {
+    let shapes: [fn() -> Vec<User>; 4] = [
+        || vec![User::Serial(VecDeque::new()), User::Hmp(None), User::Qmp(None)],
+        || vec![User::Hmp(None)],
+        || vec![User::Qmp(None)],
+        || vec![User::Qmp(None), User::Serial(VecDeque::new())],
+    ];
+    for shape in shapes {
+        match take_early_state(&mut frame_of(&[(MONITORS, data)])) {
+            Ok(state) => go_on(state, shape()),
+            Err(error) => {
+                let _ = vmm::errors::text(error.as_ref());
+                return false;
+            }
+        }
+    }
+    true
+}
+
+/// Does what a target does with the state, with `users` on the first character device.
+fn go_on(state: EarlyState, users: Vec<User>) {
+    let _ = state.terminal().map(|terminal| terminal.make_raw(true));
+    let EarlyState { chardevs, settings, named_fds, cpuid: _ } = state;
+    let _ = (settings.parameters(), settings.capabilities(), settings.mode_info());
+    let _ = settings.attempt(Channel::Memfd, SignalMask::EMPTY).map_err(|error| error.to_string());
+    find_named_fds(&named_fds, &FdRegistry::default());
+
+    let mut users = Some(users);
+    for (chardev, front_end_state) in chardevs {
+        let users = users.take().unwrap_or_else(|| vec![User::Hmp(None)]);
+        let mux = (users.len() > 1).then(|| Mux::new(users.len() as u8));
+        let mut front_end = FrontEnd { users, mux };
+        let registry = received(chardev.identity());
+        front_end.restore(chardev.identity(), front_end_state, &registry, true);
+        for user in &mut front_end.users {
+            match user {
+                User::Serial(_) | User::Hmp(None) | User::Qmp(None) => {}
+                User::Hmp(Some(session)) => go_on_typing(session),
+                User::Qmp(Some(session)) => go_on_asking(session),
+            }
+        }
+        if let Some(mux) = &mut front_end.mux {
+            mux.feed(b"a\x01cb\x01\x01");
+            assert!(mux.focus() < front_end.users.len());
+        }
+    }
+}
+
+/// A registry in which two descriptors arrived for the monitors of a character device.
+fn received(chardev: &str) -> FdRegistry {
+    let name = format!("received/{chardev}");
+    let entry = |id: u64| (&name, id, FdKind::Other, FdPolicy::MayBeRebuilt, 5_u64);
+    decode_registry(&section_of(REGISTRY, &to_body(&[entry(0), entry(1)]))).unwrap_or_default()
+}
+
+fn go_on_typing(session: &mut hmp::Session) {
+    let mut machine = Machine::default();
+    session.set_columns(Some(80));
+    for bytes in [&b""[..], b"\x10\x0e\x19x", b"\x10\x10\r", b"info status\r"] {
+        session.feed(bytes, Vec::new());
+        loop {
+            session.process(&mut machine);
+            session.consume_output(usize::MAX);
+            if session.is_waiting() {
+                session.resume(ending());
+            } else if session.wants_input() {
+                break;
+            }
+        }
+    }
+    let _ = hmp::Session::restore(persisted(&session.save()), Vec::new());
+}
+
+fn go_on_asking(session: &mut qmp::Session) {
+    let mut machine = Machine::default();
+    for bytes in [&b""[..], b"\"}\n{\"execute\":\"query-status\"}", b"\xff{\"execute\":\"stop\",\"id\":1}"] {
+        session.feed(bytes, Vec::new());
+        loop {
+            session.process(&mut machine);
+            session.consume_output(usize::MAX);
+            if session.is_waiting() {
+                session.resume(ending());
+            } else if session.wants_input() {
+                break;
+            }
+        }
+    }
+    let _ = persisted(&session.save());
+}
+
+/// The wire form of a user, whose own type is private.
+#[derive(Serialize)]
+enum UserWire {
+    Serial(Vec<u8>),
+    Hmp(Option<hmp::SessionState>, u64),
+    Qmp(Option<qmp::SessionState>, u64),
+}
+
+/// The wire form of a terminal's modes: flags, line discipline, special characters, speeds.
+type TerminalWire = ([u32; 4], u8, Vec<u8>, [u32; 2]);
+
+pub(crate) fn monitors_seeds() -> Vec<Vec<u8>> {
+    let mut machine = Machine::default();
+    let mut typing = hmp::Session::new("mon0");
+    typing.feed(b"info status\rinfo kvm\rinf\x02\x1b", Vec::new());
+    typing.process(&mut machine);
+    let mut asking = qmp::Session::new("qmp0");
+    asking.feed(b"{\"execute\":\"qmp_capabilities\"}{\"execute\":\"query-", Vec::new());
+    asking.process(&mut machine);
+    let mut waiting = qmp::Session::new("qmp1");
+    waiting.feed(b"{\"execute\":\"qmp_capabilities\"}{\"execute\":\"stop\",\"id\":[1]}", Vec::new());
+    waiting.process(&mut Machine { suspend: true, ..Machine::default() });
+
+    let settings = Settings::default();
+    let null = ChardevConfig { id: "c0".into(), backend: ChardevBackend::Null, mux: false };
+    let null = Chardev::open(&null, &FdRegistry::default(), None).expect("null opens").save(Vec::new());
+    let terminal: TerminalWire = ([1, 2, 3, 4], 0, vec![3; 19], [15, 15]);
+    let stdio = ("stdio", true, b"pending".to_vec(), Some(terminal));
+    let stdio_users = (
+        Some(Mux::new(3)),
+        vec![
+            UserWire::Serial(b"ls".to_vec()),
+            UserWire::Hmp(Some(typing.save()), 1),
+            UserWire::Qmp(Some(waiting.save()), 1),
+        ],
+    );
+    let null_users = (None::<Mux>, vec![UserWire::Qmp(Some(asking.save()), 0)]);
+    let hmp_users = (None::<Mux>, vec![UserWire::Hmp(Some(typing.save()), 16)]);
+    vec![
+        to_body(&(vec![(&stdio, stdio_users)], &settings, vec!["tap"], vec![Blob::from(vec![0; 40])])),
+        to_body(&(vec![(null, null_users)], &settings, vec!["tap"], NO_CPUID)),
+        to_body(&(vec![(&stdio, hmp_users)], &settings, Vec::<String>::new(), NO_CPUID)),
+    ]
+}

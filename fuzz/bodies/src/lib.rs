@@ -1,0 +1,103 @@
+//! What the fuzzer runs: one function per kind of hostile input, from bytes to what the program makes of them.
+//!
+//! A body calls the code that the program itself calls, and checks more than that nothing panics: what was read is
+//! written and read again, and a session that is cut into pieces and saved between them does the same as one that is
+//! not. It opens nothing that the input names, and needs no KVM. The shims for libFuzzer are next door
+//! (`fuzz/fuzz_targets`); `tests/` runs the same bodies over their seeds, and over some thousand mutations of them, on
+//! stable.
+
+mod backend;
+mod command_line;
+mod early;
+mod frame;
+mod main_frame;
+mod monitors;
+
+pub use command_line::command_line;
+pub use early::{monitors, process, registry, update};
+pub use frame::{state_frame, state_frame_written};
+pub use main_frame::{machine, outside, platform, serial, vcpu, vm};
+pub use monitors::{hmp, qmp};
+
+use std::fmt::Debug;
+
+use cpr_core::frame::{Frame, FrameWriter, Section, to_body};
+use serde::Serialize;
+use serde::de::DeserializeOwned;
+
+/// One kind of input.
+#[derive(Debug)]
+pub struct Target {
+    /// Its name, which is the shim's, too.
+    pub name: &'static str,
+    /// The body; tells whether the input was what the program takes.
+    pub run: fn(&[u8]) -> bool,
+    /// Inputs that the program takes, written by the encoders that it has itself.
+    pub seeds: fn() -> Vec<Vec<u8>>,
+    /// The longest input that is worth trying, in bytes.
+    pub max_len: usize,
+    /// Words of the input's language.
+    pub words: &'static [&'static str],
+}
+
+/// Every target, by name.
+pub const TARGETS: &[Target] = &[
+    Target {
+        name: "command_line",
+        run: command_line,
+        seeds: command_line::seeds,
+        max_len: 1024,
+        words: command_line::WORDS,
+    },
+    Target { name: "hmp", run: hmp, seeds: monitors::hmp_seeds, max_len: 1024, words: monitors::HMP_WORDS },
+    Target { name: "machine", run: machine, seeds: main_frame::machine_seeds, max_len: 256, words: &[] },
+    Target { name: "monitors", run: monitors, seeds: early::monitors_seeds, max_len: 4096, words: &[] },
+    Target { name: "outside", run: outside, seeds: main_frame::outside_seeds, max_len: 256, words: &[] },
+    Target { name: "platform", run: platform, seeds: main_frame::platform_seeds, max_len: 16, words: &[] },
+    Target { name: "process", run: process, seeds: early::process_seeds, max_len: 256, words: &[] },
+    Target { name: "qmp", run: qmp, seeds: monitors::qmp_seeds, max_len: 1024, words: monitors::QMP_WORDS },
+    Target { name: "registry", run: registry, seeds: early::registry_seeds, max_len: 1024, words: &[] },
+    Target { name: "serial", run: serial, seeds: main_frame::serial_seeds, max_len: 128, words: &[] },
+    Target {
+        name: "state_frame",
+        run: state_frame,
+        seeds: frame::state_frame_seeds,
+        max_len: 16 << 10,
+        words: frame::WORDS,
+    },
+    Target {
+        name: "state_frame_written",
+        run: state_frame_written,
+        seeds: frame::state_frame_written_seeds,
+        max_len: 4096,
+        words: &[],
+    },
+    Target { name: "update", run: update, seeds: early::update_seeds, max_len: 128, words: &[] },
+    Target { name: "vcpu", run: vcpu, seeds: main_frame::vcpu_seeds, max_len: 16 << 10, words: &[] },
+    Target { name: "vm", run: vm, seeds: main_frame::vm_seeds, max_len: 4096, words: &[] },
+];
+
+/// The update that every frame here belongs to.
+const EPOCH: u64 = 7;
+
+/// A frame of these sections, each instance 0 and version 1, that went through its bytes.
+fn frame_of(sections: &[(&str, &[u8])]) -> Frame {
+    let mut writer = FrameWriter::default();
+    for (name, body) in sections {
+        writer.put(name, 0, 1, body.to_vec()).expect("each name stands once");
+    }
+    Frame::parse(&writer.finish(EPOCH)).expect("what was just written can be read")
+}
+
+/// A section as it stands in a frame, with this body.
+fn section_of(name: &str, body: &[u8]) -> Section {
+    Section { name: name.to_owned(), instance: 0, version: 1, body: body.to_vec() }
+}
+
+/// Decodes a body. What decodes is the same after it was encoded and decoded again.
+fn decoded<T: Serialize + DeserializeOwned + PartialEq + Debug>(name: &str, body: &[u8]) -> Option<T> {
+    let value: T = section_of(name, body).decode(1).map_err(|error| error.to_string()).ok()?;
+    let again: T = section_of(name, &to_body(&value)).decode(1).expect("what was just encoded decodes");
+    assert_eq!(value, again);
+    Some(value)
+}
