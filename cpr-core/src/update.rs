@@ -277,6 +277,10 @@ impl Update {
             }
             State::Await => {
                 let _span = tracing::info_span!("await-target").entered();
+                // A target that was ended by its user takes the guest with it.
+                if self.control.ownership().owner() == Some(Owner::Target) {
+                    return Ok(Step::Finished(Outcome::HandedOver));
+                }
                 self.state = State::Await;
                 let prepared = self.mode.await_target(&attempt(&self.control, &self.services));
                 self.after_prepare(prepared, State::Stop)

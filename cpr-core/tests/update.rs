@@ -478,6 +478,21 @@ fn a_departing_program_runs_the_guest_elsewhere_until_the_target_is_ready() {
 }
 
 #[test]
+fn a_target_that_forgoes_the_guest_ends_the_update() {
+    for course in [Course::Departing, Course::Alongside] {
+        let (log, services) = (Log::default(), Services::default());
+        let mut host = FakeHost::new(&log, &services);
+        let mode = FakeMode { await_waits: 9, ..FakeMode::on(course, &log) };
+        let mut update = Update::begin(&services, Box::new(mode), &host).unwrap();
+        run_until_wait(&mut update, &mut host);
+        update.control().ownership().commit().unwrap();
+        log.take();
+        assert!(matches!(run(&mut update, &mut host, &log), Outcome::HandedOver));
+        assert_eq!(log.take(), [""; 0], "the guest was neither stopped nor saved");
+    }
+}
+
+#[test]
 fn a_target_alongside_is_built_before_the_guest_stops() {
     let (log, services) = (Log::default(), Services::default());
     let _late = subscribe(&services, &log, "late", OrderClass::LATE, None);

@@ -523,8 +523,12 @@ mod tests {
         for users in users {
             for (count, good) in [(16, true), (17, false), (u64::MAX, false)] {
                 let chardev = ("stdio", true, b"".to_vec(), None::<()>);
-                let state =
-                    (vec![(chardev, (None::<Mux>, users(count)))], Settings::default(), [""; 0].to_vec());
+                let state = (
+                    vec![(chardev, (None::<Mux>, users(count)))],
+                    Settings::default(),
+                    [""; 0].to_vec(),
+                    Vec::<Blob>::new(),
+                );
                 let mut early = FrameWriter::default();
                 early.put_value(MONITORS, 0, 1, &state).unwrap();
                 let result = take_early_state(&mut Frame::parse(&early.finish(1)).unwrap());
