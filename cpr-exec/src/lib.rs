@@ -5,7 +5,12 @@
 //! whose number stands in one environment variable: the second channel, hidden from the user. Device state goes
 //! through the main channel, a file or another memfd. Same pid, same container, same connections.
 //!
-//! - Source: hand a [`CprExec`] to [`cpr_core::Update::begin`].
+//! The running program does not end with its exec: it goes on in a keeper ([`oslib::keeper`]), runs the guest there until
+//! the successor is built and asks for the state, and is there still if the successor fails. Without a keeper
+//! ([`CprExec::keeper`]) the guest stands still meanwhile, and there is no way back.
+//!
+//! - Source: hand a [`CprExec`] to [`cpr_core::Update::begin`], and go on stepping the update after the terminal action
+//!   came back with `Ok`.
 //! - Target: call [`receive`] first thing in `main`, before anything is opened.
 //!
 //! The crate refuses to know what the program is: it is used by `cpr-vmm`, and `examples/echo.rs` keeps the TCP

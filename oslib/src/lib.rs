@@ -4,8 +4,8 @@
 //! [`OwnedFd`](std::os::fd::OwnedFd), and every descriptor made here is close-on-exec from birth: what survives an
 //! exec does so because somebody cleared that flag ([`cloexec`]) on purpose. The crate knows nothing of KVM, VFIO,
 //! virtual machines or update modes; it has no thread, no event loop and no global state apart from the record of
-//! numbers in [`inherited`]. The manual pages of section 2 are the source of truth, with the kernel's own
-//! documentation where they lag behind.
+//! numbers in [`inherited`] and the one [`keeper`] that a process can have at a time. The manual pages of section 2
+//! are the source of truth, with the kernel's own documentation where they lag behind.
 //!
 //! | for | module |
 //! |---|---|
