@@ -66,7 +66,8 @@ impl Incoming {
             return Err(section.malformed(reason).into());
         }
         services.registry.absorb(arrival.registry).map_err(|error| section.malformed(error))?;
-        services.generation = update.generation + 1;
+        // A fallback start is the program that the guest has been with already.
+        services.generation = update.generation + u64::from(!arrival.control.rendezvous().is_fallback());
         let mut incoming = Incoming {
             mode: arrival.mode,
             services: services.clone(),
@@ -123,10 +124,12 @@ impl Incoming {
             return Err(IncomingError::OtherUpdate { found: frame.epoch, expected: self.control.epoch() });
         }
         self.control.timeline().stamp(Stamp::Loaded);
+        self.control.rendezvous().note_progress();
         let activity: ActivitySection = frame.require(ACTIVITY_SECTION, 0)?.decode(1)?;
         self.activity = if activity.guest_running { GuestActivity::Running } else { GuestActivity::Paused };
         let _span = tracing::info_span!("restore").entered();
         host.load(&mut frame).map_err(IncomingError::Load)?;
+        self.control.rendezvous().note_progress();
         let mut left = self.early.remaining();
         left.extend(frame.remaining());
         if !left.is_empty() {
