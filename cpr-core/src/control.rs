@@ -24,6 +24,8 @@ const KEEPER_AT: usize = 5;
 const TARGET_AT: usize = 6;
 const PROGRESS_AT: usize = 7;
 const OFFER_AT: usize = 8;
+const FALLBACK_AT: usize = 9;
+const DEFERRED_AT: usize = 10;
 const STAMPS_AT: usize = 16;
 const WORDS: usize = 512;
 
@@ -94,6 +96,8 @@ impl Control {
             target: self.word(TARGET_AT),
             progress: self.word(PROGRESS_AT),
             offer: self.word(OFFER_AT),
+            fallback: self.word(FALLBACK_AT),
+            deferred: self.word(DEFERRED_AT),
         }
     }
 

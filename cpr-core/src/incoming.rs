@@ -65,7 +65,9 @@ impl Incoming {
             let reason = format!("written by mode '{}', received by '{}'", update.mode, arrival.mode.id);
             return Err(section.malformed(reason).into());
         }
-        let generation = update.generation.checked_add(1);
+        // A fallback start is the program that the guest has been with already.
+        let generation =
+            update.generation.checked_add(u64::from(!arrival.control.rendezvous().is_fallback()));
         let generation =
             generation.ok_or_else(|| section.malformed(format!("generation {}", update.generation)))?;
         services.registry.absorb(arrival.registry).map_err(|error| section.malformed(error))?;
@@ -126,10 +128,12 @@ impl Incoming {
             return Err(IncomingError::OtherUpdate { found: frame.epoch, expected: self.control.epoch() });
         }
         self.control.timeline().stamp(Stamp::Loaded);
+        self.control.rendezvous().note_progress();
         let activity: ActivitySection = frame.require(ACTIVITY_SECTION, 0)?.decode(1)?;
         self.activity = if activity.guest_running { GuestActivity::Running } else { GuestActivity::Paused };
         let _span = tracing::info_span!("restore").entered();
         host.load(&mut frame).map_err(IncomingError::Load)?;
+        self.control.rendezvous().note_progress();
         let mut left = self.early.remaining();
         left.extend(frame.remaining());
         if !left.is_empty() {

@@ -53,6 +53,8 @@ pub struct Rendezvous {
     pub(crate) target: SharedWord,
     pub(crate) progress: SharedWord,
     pub(crate) offer: SharedWord,
+    pub(crate) fallback: SharedWord,
+    pub(crate) deferred: SharedWord,
 }
 
 impl Rendezvous {
@@ -66,6 +68,9 @@ impl Rendezvous {
 
     /// In the target: says how far it is, which is progress, too.
     pub fn enter(&self, phase: TargetPhase) {
+        if phase == TargetPhase::Deferred {
+            self.deferred.store(1, Ordering::Release);
+        }
         self.target.store(phase as u64, Ordering::Release);
         self.note_progress();
     }
@@ -73,6 +78,23 @@ impl Rendezvous {
     /// In the target: it is alive and working. Call it at every step that may take long.
     pub fn note_progress(&self) {
         self.progress.fetch_add(1, Ordering::Release);
+    }
+
+    /// Whether a target of this attempt has ever been [`Deferred`](TargetPhase::Deferred): its user could talk to it.
+    pub fn was_deferred(&self) -> bool {
+        self.deferred.load(Ordering::Acquire) != 0
+    }
+
+    /// In a target that gives up: the source's own program starts in its place, as another target of this attempt. Safe in
+    /// a signal handler.
+    pub fn start_fallback(&self) {
+        self.fallback.store(1, Ordering::Release);
+        self.note_progress();
+    }
+
+    /// Whether the target is the source's own program, started in place of one that failed.
+    pub fn is_fallback(&self) -> bool {
+        self.fallback.load(Ordering::Acquire) != 0
     }
 
     /// A number that changes whenever the target makes progress.
@@ -84,11 +106,6 @@ impl Rendezvous {
     pub fn publish_state(&self) {
         self.offer.store(STATE_IS_THERE, Ordering::Release);
         self.offer.wake();
-    }
-
-    /// Takes the offer back, for a target that is started in place of one that failed.
-    pub fn withdraw_state(&self) {
-        self.offer.store(NOTHING_YET, Ordering::Release);
     }
 
     fn is_published(&self) -> bool {

@@ -1,11 +1,14 @@
-//! After the commit: the keeper is told, ends, and is reaped, all off the guest's path.
+//! After the commit: the way back is closed, standard error is itself again, and the keeper is told, ends, and is reaped,
+//! all off the guest's path.
 
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 
 use oslib::eventfd::EventFd;
 use oslib::pidfd::PidFd;
+
+use crate::fallback::{self, LastWords};
 
 /// `ECHILD` of errno(3).
 const ECHILD: i32 = 10;
@@ -16,21 +19,29 @@ pub struct KeeperEnd {
     pid: u32,
     pidfd: PidFd,
     doorbell: Arc<EventFd>,
+    /// Until the commit.
+    words: Mutex<Option<LastWords>>,
 }
 
 impl KeeperEnd {
-    pub(crate) fn new(pid: u32, doorbell: Arc<EventFd>) -> io::Result<KeeperEnd> {
+    pub(crate) fn new(pid: u32, doorbell: Arc<EventFd>, words: Option<LastWords>) -> io::Result<KeeperEnd> {
         // The keeper is our child and nobody has reaped it, so its pid cannot have been given to another process.
-        Ok(KeeperEnd { pid, pidfd: PidFd::open(pid)?, doorbell })
+        Ok(KeeperEnd { pid, pidfd: PidFd::open(pid)?, doorbell, words: Mutex::new(words) })
     }
 
     /// Tells the keeper that the ownership word has flipped. It closes its descriptors at once, so that peers see
-    /// what this process closes, and takes the old address space down at low priority.
+    /// what this process closes, and takes the old address space down at low priority. There is no way back from here
+    /// ([`fall_back`](crate::fall_back) does nothing), and standard error, which was kept until now, goes where it should.
     ///
     /// # Errors
     /// The doorbell cannot be rung.
     pub fn release(&self) -> io::Result<()> {
-        self.doorbell.signal()
+        let told = self.doorbell.signal();
+        fallback::disarm();
+        if let Some(words) = self.words.lock().unwrap_or_else(PoisonError::into_inner).take() {
+            words.replay();
+        }
+        told
     }
 
     /// Asks for the end of a released keeper to come soon, because another update waits for it: at low priority it

@@ -43,11 +43,17 @@ pub(crate) fn take_state_variable() -> Result<Option<i32>, EnvironmentError> {
     Ok(state)
 }
 
-/// This process's environment without reserved variables, and with the state variable set to `fd`.
-pub(crate) fn for_target(fd: i32) -> Vec<(OsString, OsString)> {
-    let mut environment: Vec<_> = std::env::vars_os().filter(|(name, _)| !is_reserved(name)).collect();
-    environment.push((STATE_VARIABLE.into(), fd.to_string().into()));
-    environment
+/// This process's environment without reserved variables.
+pub(crate) fn own() -> impl Iterator<Item = (OsString, OsString)> {
+    std::env::vars_os().filter(|(name, _)| !is_reserved(name))
+}
+
+/// `environment` with the state variable set to `fd`.
+pub(crate) fn with_state(
+    environment: impl IntoIterator<Item = (OsString, OsString)>,
+    fd: i32,
+) -> Vec<(OsString, OsString)> {
+    environment.into_iter().chain([(STATE_VARIABLE.into(), fd.to_string().into())]).collect()
 }
 
 fn reserved() -> impl Iterator<Item = (OsString, OsString)> {

@@ -11,7 +11,7 @@
 //!
 //! - Source: hand a [`CprExec`] to [`cpr_core::Update::begin`], and go on stepping the update after the terminal action
 //!   came back with `Ok`.
-//! - Target: call [`receive`] first thing in `main`, before anything is opened.
+//! - Target: call [`receive`] first thing in `main`, before anything is opened; and [`fall_back`] when it fails.
 //!
 //! The crate refuses to know what the program is: it is used by `cpr-vmm`, and `examples/echo.rs` keeps the TCP
 //! connections of an echo server with it.
@@ -19,12 +19,14 @@
 mod channel;
 mod cleanup;
 mod environment;
+mod fallback;
 mod source;
 mod target;
 
 pub use channel::{ChannelError, MainChannel};
 pub use cleanup::KeeperEnd;
 pub use environment::{EnvironmentError, RESERVED_PREFIX, STATE_VARIABLE};
+pub use fallback::fall_back;
 pub use source::{CommandError, CprExec};
 pub use target::{ExecArrival, MainReader, ReceiveError, receive};
 
@@ -67,6 +69,12 @@ mod names {
     pub(crate) const CONTROL: &str = "cpr-exec/control";
     pub(crate) const DOORBELL: &str = "cpr-exec/doorbell";
     pub(crate) const MAIN: &str = "cpr-exec/main";
+    pub(crate) const PROGRAM: &str = "cpr-exec/program";
+    pub(crate) const DIRECTORY: &str = "cpr-exec/directory";
+    pub(crate) const STDERR: &str = "cpr-exec/stderr";
+    pub(crate) const LAST_WORDS: &str = "cpr-exec/last-words";
+    /// All of them.
+    pub(crate) const OWN: [&str; 7] = [CONTROL, DOORBELL, MAIN, PROGRAM, DIRECTORY, STDERR, LAST_WORDS];
     pub(crate) const PROCESS_SECTION: &str = "cpr-exec/process";
     pub(crate) const REGISTRY_SECTION: &str = "cpr-core/registry";
 }
@@ -80,4 +88,15 @@ struct ProcessSection {
     main: channel::ChannelWire,
     /// The source runs the guest until the target asks for the state.
     source_goes_on: bool,
+    /// How the source's program takes the guest over if the target cannot.
+    fallback: Option<FallbackWire>,
+}
+
+/// The wire form of a fallback start, version 1. Program and working directory are in the registry.
+#[derive(Debug, serde::Serialize, serde::Deserialize)]
+struct FallbackWire {
+    /// The program's name first.
+    arguments: Vec<Vec<u8>>,
+    /// Name and value; without reserved variables.
+    environment: Vec<(Vec<u8>, Vec<u8>)>,
 }

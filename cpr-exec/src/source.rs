@@ -19,7 +19,8 @@ use oslib::pidfd::PidFd;
 use oslib::signals::{self, SignalMask};
 
 use crate::channel::{MainChannel, OpenChannel, sealed_memfd};
-use crate::{MODE, PROPERTIES, ProcessSection, environment, names};
+use crate::fallback::{LastWords, SIGABRT, with_words};
+use crate::{FallbackWire, MODE, PROPERTIES, ProcessSection, environment, names};
 
 /// Why the command cannot be used.
 #[derive(Debug, thiserror::Error)]
@@ -46,6 +47,12 @@ pub struct CprExec {
     main: MainChannel,
     signal_mask: SignalMask,
     keeper: bool,
+    fallback: Option<Vec<OsString>>,
+    /// The program that `fallback` executes, and its working directory.
+    program: Option<[Arc<OwnedFd>; 2]>,
+    words: Option<LastWords>,
+    /// The target was told to give up, because it made no progress.
+    aborted: bool,
     open: Option<OpenChannel>,
     doorbell: Option<Arc<EventFd>>,
     watchdog: Watchdog,
@@ -66,6 +73,10 @@ impl CprExec {
             main,
             signal_mask,
             keeper: true,
+            fallback: None,
+            program: None,
+            words: None,
+            aborted: false,
             open: None,
             doorbell: None,
             watchdog: Watchdog::new(Some(TIMEOUT), None),
@@ -100,6 +111,17 @@ impl CprExec {
         self
     }
 
+    /// How this program itself takes the guest over again, in the same process, if the target fails before it has: with
+    /// these arguments, the program's name first, in the environment and the working directory of now. The file that this
+    /// program was started from is executed, though it may be deleted by then. Needs the keeper.
+    ///
+    /// Otherwise, and if that fails as well, the program goes on in the keeper, under its process id.
+    #[must_use]
+    pub fn fallback(mut self, argv: Vec<OsString>) -> Self {
+        self.fallback = Some(argv);
+        self
+    }
+
     fn find_program(&self) -> Result<std::path::PathBuf, CommandError> {
         let program = self.command.first().ok_or(CommandError::Missing)?;
         if program.is_empty() {
@@ -119,6 +141,10 @@ impl CprExec {
             signal_mask: self.signal_mask.bits(),
             main: self.main.to_wire(),
             source_goes_on: self.keeper,
+            fallback: self.program.as_ref().and(self.fallback.as_ref()).map(|arguments| FallbackWire {
+                arguments: arguments.iter().map(bytes).collect(),
+                environment: environment::own().map(|(name, value)| (bytes(&name), bytes(&value))).collect(),
+            }),
         };
         early.put_value(names::PROCESS_SECTION, 0, 1, &process)?;
         // Numbers are kept by exec, so a number is all that the target needs to find a descriptor again.
@@ -127,7 +153,11 @@ impl CprExec {
         let state = sealed_memfd("cpr-state", &early.finish(attempt.control.epoch()))?;
 
         let program = self.find_program()?;
-        let exec = PreparedExec::new(&program, &self.command, environment::for_target(state.as_raw_fd()))?;
+        let exec = PreparedExec::new(
+            &program,
+            &self.command,
+            environment::with_state(environment::own(), state.as_raw_fd()),
+        )?;
         let last = LastAct {
             program: program.into_os_string(),
             exec,
@@ -135,8 +165,20 @@ impl CprExec {
             registry: attempt.registry.clone(),
             control: attempt.control.clone(),
             departure: self.keeper.then(|| self.departure.clone()),
+            words: self.words.as_ref().map(|words| [words.original.clone(), words.memfd.clone()]),
         };
         Ok(Box::new(move || last.run()))
+    }
+
+    /// Why there is no update, with the last words of the program that was to take over.
+    fn failure(&self, attempt: &Attempt<'_>, what: &str) -> String {
+        let what = if attempt.control.rendezvous().is_fallback() {
+            format!("the new program failed, and the previous one, started again in its place, {what}")
+        } else {
+            format!("the new program {what}")
+        };
+        let words = self.words.as_ref().map(LastWords::read).unwrap_or_default();
+        with_words(what, &words)
     }
 
     fn channel(&mut self) -> Result<&mut OpenChannel, BoxError> {
@@ -153,9 +195,25 @@ impl CprExec {
         let rendezvous = attempt.control.rendezvous();
         // It can have committed as the last thing it did.
         if successor.is_exited()? && attempt.control.ownership().owner() == Some(Owner::Source) {
-            return Err("the new program ended before it took over".into());
+            let how = successor.ended_how().map(|how| format!(" ({how})")).unwrap_or_default();
+            return Err(self.failure(attempt, &format!("ended before it took over{how}")).into());
         }
-        let deadline = self.watchdog.check(&rendezvous)?;
+        let deadline = match self.watchdog.check(&rendezvous) {
+            Ok(deadline) => deadline,
+            Err(stalled) if !self.aborted => {
+                self.aborted = true;
+                tracing::warn!(%stalled, "the new program is told to give up");
+                // Among its last words, so that a fallback start knows, too.
+                if let Some(words) = &self.words {
+                    oslib::stream::write(&words.memfd, format!("{stalled}\n").as_bytes())?;
+                }
+                // Whatever it waits for, it is to come to an end now; and its time begins anew.
+                rendezvous.enter(TargetPhase::Building);
+                successor.send_signal(SIGABRT)?;
+                self.watchdog.check(&rendezvous)?
+            }
+            Err(_) => return Err(self.failure(attempt, "made no progress and was ended").into()),
+        };
         if self.watched.is_empty() {
             for fd in [doorbell.as_fd(), successor.as_fd()] {
                 self.watched.push(Arc::new(fd.try_clone_to_owned()?));
@@ -192,6 +250,21 @@ impl CprMode for CprExec {
             let doorbell = Arc::new(EventFd::new()?);
             registry.save(names::DOORBELL, 0, FdKind::EventFd, FdPolicy::MustSurvive, &doorbell)?;
             self.doorbell = Some(doorbell);
+            let words = LastWords {
+                memfd: Arc::new(oslib::memfd::Memfd::new("cpr-last-words").create()?),
+                original: Arc::new(std::io::stderr().as_fd().try_clone_to_owned()?),
+            };
+            let policy = FdPolicy::MayBeRebuilt;
+            registry.save(names::LAST_WORDS, 0, FdKind::Memfd, policy, &words.memfd)?;
+            registry.save(names::STDERR, 0, FdKind::Other, policy, &words.original)?;
+            self.words = Some(words);
+            if self.fallback.is_some() {
+                let program = Arc::new(oslib::exec::this_program()?);
+                let directory = Arc::new(oslib::exec::this_directory()?);
+                registry.save(names::PROGRAM, 0, FdKind::Other, policy, &program)?;
+                registry.save(names::DIRECTORY, 0, FdKind::Other, policy, &directory)?;
+                self.program = Some([program, directory]);
+            }
         }
         Ok(Prepared::Ready)
     }
@@ -240,16 +313,27 @@ impl CprMode for CprExec {
             if let Err(error) = signals::set_mask(departure.mask) {
                 tracing::error!(%error, "the signal mask could not be restored");
             }
+            // Nobody else will.
+            if let Some(words) = self.words.take() {
+                words.replay();
+            }
         }
-        if let Some(open) = self.open.take() {
+        // What two programs could not use is worth a look.
+        if let Some(open) = self.open.take()
+            && !attempt.control.rendezvous().is_fallback()
+        {
             open.discard();
         }
-        self.doorbell = None;
+        (self.doorbell, self.program, self.words) = (None, None, None);
         self.watched.clear();
-        attempt.registry.delete(names::CONTROL, 0);
-        attempt.registry.delete(names::DOORBELL, 0);
-        attempt.registry.delete(names::MAIN, 0);
+        for name in names::OWN {
+            attempt.registry.delete(name, 0);
+        }
     }
+}
+
+fn bytes(string: &OsString) -> Vec<u8> {
+    string.as_encoded_bytes().to_vec()
 }
 
 /// How long a killed process may take to end.
@@ -294,6 +378,8 @@ struct LastAct {
     control: Control,
     /// Where to leave word, if the program is to go on in a keeper.
     departure: Option<Arc<Mutex<Option<Departure>>>>,
+    /// Standard error, and what it is for the target until the commit.
+    words: Option<[Arc<OwnedFd>; 2]>,
 }
 
 impl LastAct {
@@ -315,6 +401,11 @@ impl LastAct {
             }
             Err(error) => error,
         };
+        if let Some([original, _]) = &self.words
+            && let Err(error) = oslib::stream::replace_stderr(original)
+        {
+            tracing::error!(%error, "standard error could not be put back");
+        }
         let _ = self.registry.walk_fd(|entry, fd| {
             if let Err(error) = oslib::cloexec::set(fd) {
                 tracing::error!(%entry, %error, "close-on-exec could not be set again");
@@ -342,6 +433,11 @@ impl LastAct {
         })?;
         oslib::cloexec::clear(&self.state)?;
         self.control.set_keeper_pid(keeper.as_ref().map(Keeper::pid));
+        // The keeper has a table of its own, in which standard error stays what it is.
+        if let Some([_, memfd]) = &self.words {
+            oslib::stream::replace_stderr(memfd)
+                .map_err(|error| format!("standard error cannot be kept: {error}"))?;
+        }
         self.control.timeline().stamp(Stamp::Executed);
         let error = match keeper {
             Some(keeper) => match keeper.exec(&self.exec) {

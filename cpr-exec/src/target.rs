@@ -6,14 +6,15 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use cpr_core::error::BoxError;
-use cpr_core::{Arrival, Control, FdRegistry, LiveMain, MainSource};
+use cpr_core::{Arrival, Control, FdRegistry, LiveMain, MainSource, TargetPhase};
 use oslib::eventfd::EventFd;
 use oslib::signals::SignalMask;
 
 use crate::channel::{ChannelSource, MainChannel, read_memfd};
 use crate::cleanup::KeeperEnd;
 use crate::environment::{EnvironmentError, take_state_variable};
-use crate::{ProcessSection, STATE_VARIABLE, mode_info, names};
+use crate::fallback::{self, LastWords, with_words};
+use crate::{MODE, ProcessSection, STATE_VARIABLE, mode_info, names};
 
 /// Why the state of the previous program image could not be taken over.
 #[derive(Debug, thiserror::Error)]
@@ -53,6 +54,9 @@ pub struct ExecArrival {
     pub keeper: Option<KeeperEnd>,
     /// Reads the main frame, there or elsewhere.
     pub source: MainReader,
+    /// In a fallback start, the error of the update: this is the source's program, started again in place of one that could
+    /// not take the guest over.
+    pub failure: Option<String>,
 }
 
 /// Opens the main frame for [`cpr_core::Incoming::load`].
@@ -88,7 +92,9 @@ impl MainReader {
 /// Takes what the previous program image of this process left, if it was replaced by cpr-exec.
 ///
 /// Call it first thing in `main`, with one thread and before anything is opened: descriptor numbers of the frame are
-/// believed, because only what was passed on by exec lacks close-on-exec then.
+/// believed, because only what was passed on by exec lacks close-on-exec then. From here to the commit fatal signals, for
+/// which it leaves handlers, and [`fall_back`](crate::fall_back) bring the source's program back into this process, if the
+/// source provides for it.
 ///
 /// # Errors
 /// A reserved variable is unknown (the program must exit), or the state cannot be used. Nothing was changed for the
@@ -111,9 +117,29 @@ fn take_over(state: OwnedFd) -> Result<ExecArrival, BoxError> {
     })?;
     let control: Arc<OwnedFd> = registry.find(names::CONTROL, 0).ok_or("its control page is missing")?;
     let control = Control::attach(control, early.epoch)?;
+    let rendezvous = control.rendezvous();
+    rendezvous.enter(TargetPhase::Building);
+    let words = match (registry.find(names::LAST_WORDS, 0), registry.find(names::STDERR, 0)) {
+        (Some(memfd), Some(original)) => Some(LastWords { memfd, original }),
+        _ => None,
+    };
+    let [program, directory] =
+        [names::PROGRAM, names::DIRECTORY].map(|name| registry.find::<OwnedFd>(name, 0));
+    let failure = rendezvous.is_fallback().then(|| {
+        fallback::settle_in();
+        let words = words.as_ref().map(LastWords::read).unwrap_or_default();
+        with_words(format!("{MODE} could not hand over: the new program failed before it took over"), &words)
+    });
+    if let (None, Some(program), Some(directory), Some(wire)) =
+        (&failure, program, directory, process.fallback)
+        && let Err(error) = fallback::prepare(wire, [&program, &directory], &registry, &state, &control)
+    {
+        // There is still the keeper.
+        eprintln!("the way back to the previous program could not be made ready: {error}");
+    }
     let doorbell: Option<Arc<EventFd>> = registry.find(names::DOORBELL, 0);
     let keeper = match (control.keeper_pid(), &doorbell) {
-        (Some(pid), Some(doorbell)) => Some(KeeperEnd::new(pid, doorbell.clone())?),
+        (Some(pid), Some(doorbell)) => Some(KeeperEnd::new(pid, doorbell.clone(), words)?),
         _ => None,
     };
     let live = match (process.source_goes_on, doorbell) {
@@ -123,7 +149,7 @@ fn take_over(state: OwnedFd) -> Result<ExecArrival, BoxError> {
     };
     let memfd = registry.find(names::MAIN, 0);
     // They have served. The next update brings its own of the same names, even while somebody still holds these.
-    for name in [names::CONTROL, names::DOORBELL, names::MAIN] {
+    for name in names::OWN {
         registry.delete(name, 0);
     }
     Ok(ExecArrival {
@@ -132,5 +158,6 @@ fn take_over(state: OwnedFd) -> Result<ExecArrival, BoxError> {
         signal_mask: SignalMask::from_bits(process.signal_mask),
         main: process.main.into(),
         keeper,
+        failure,
     })
 }

@@ -148,6 +148,8 @@ struct Process1 {
     signal_mask: u64,
     main: Channel1,
     source_goes_on: bool,
+    /// No way back: it is the tests of `cpr-vmm` that show it.
+    fallback: Option<()>,
 }
 
 #[derive(Serialize)]
@@ -216,7 +218,7 @@ impl Crafted {
         let mut early = FrameWriter::default();
         let path = self.main_path().as_os_str().as_bytes().to_vec();
         let main = Channel1::File { path, offset: 0 };
-        let process = Process1 { signal_mask: 0, main, source_goes_on: self.source_goes_on };
+        let process = Process1 { signal_mask: 0, main, source_goes_on: self.source_goes_on, fallback: None };
         early.put_value("cpr-exec/process", 0, 1, &process).unwrap();
         let update = Update1 { mode: "cpr-exec".into(), generation: 6 };
         early.put_value("cpr-core/update", 0, 1, &update).unwrap();

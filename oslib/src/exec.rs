@@ -9,12 +9,13 @@
 use std::ffi::{CString, OsStr, OsString, c_char};
 use std::fmt;
 use std::io;
-use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::path::{Path, PathBuf};
 
 use nix::errno::Errno;
-use nix::fcntl::{AT_FDCWD, AtFlags};
+use nix::fcntl::{AT_FDCWD, AtFlags, OFlag};
+use nix::sys::stat::Mode;
 use nix::unistd::{AccessFlags, faccessat};
 
 /// What execvp(3) searches when `PATH` is not set: `confstr(_CS_PATH)` of the C library.
@@ -265,6 +266,43 @@ impl PreparedExec {
         }
         io::Error::last_os_error()
     }
+
+    /// Replaces this program by the prepared one, which starts in `directory` and finds each of `descriptors` under the number beside it, whatever that
+    /// number stands for now. The numbers must not be among those of `descriptors` themselves.
+    ///
+    /// Never returns: if the exec fails this process ends with code 127, because numbers that others own are no longer
+    /// theirs. Allocates nothing and takes no lock, so it may be called in a signal handler.
+    pub fn run_with(&self, directory: &OwnedFd, descriptors: &[(OwnedFd, RawFd)]) -> ! {
+        // SAFETY: takes no pointer. A directory that nobody may enter any more is no reason to give up.
+        unsafe { libc::fchdir(directory.as_raw_fd()) };
+        for (fd, number) in descriptors {
+            // SAFETY: takes no pointer. Whoever owns the number never uses it again: this program ends here.
+            unsafe { libc::dup2(fd.as_raw_fd(), *number) };
+        }
+        self.run();
+        // SAFETY: ends the process, without handlers or destructors.
+        unsafe { libc::_exit(NOT_EXECUTED) }
+    }
+}
+
+/// What shells exit with when a program cannot be executed.
+const NOT_EXECUTED: libc::c_int = 127;
+
+/// The file that this program was started from, as an `O_PATH` descriptor: what [`PreparedExec::of_descriptor`] can execute
+/// even when the file was replaced or deleted meanwhile.
+///
+/// # Errors
+/// Those of opening `/proc/self/exe`.
+pub fn this_program() -> io::Result<OwnedFd> {
+    Ok(nix::fcntl::open("/proc/self/exe", OFlag::O_PATH | OFlag::O_CLOEXEC, Mode::empty())?)
+}
+
+/// The working directory, as an `O_PATH` descriptor.
+///
+/// # Errors
+/// Those of opening `.`.
+pub fn this_directory() -> io::Result<OwnedFd> {
+    Ok(nix::fcntl::open(".", OFlag::O_PATH | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC, Mode::empty())?)
 }
 
 /// Prepares and runs at once: see [`PreparedExec::new`] for the arguments. Returns only if it failed.

@@ -85,6 +85,48 @@ impl PidFd {
         retry::wait_readable(self.0.as_fd(), Some(timeout))
     }
 
+    /// How the process ended, if it has and the kernel tells: of any process, child or not. `None` also where it cannot be
+    /// told: before Linux 6.15 the kernel forgets a process once its parent has reaped it.
+    pub fn ended_how(&self) -> Option<Exit> {
+        let status = self.status_after_reaping().or_else(|| self.status_of_zombie())?;
+        Some(if libc::WIFSIGNALED(status) {
+            Exit::Signaled(libc::WTERMSIG(status))
+        } else {
+            Exit::Exited(libc::WEXITSTATUS(status))
+        })
+    }
+
+    /// `PIDFD_GET_INFO` of linux/pidfd.h, with the first version of its structure.
+    fn status_after_reaping(&self) -> Option<i32> {
+        #[repr(C)]
+        #[derive(Default)]
+        struct PidFdInfo {
+            mask: u64,
+            cgroup: u64,
+            ids: [u32; 11],
+            exit_code: i32,
+        }
+        /// `_IOWR(0xff, 11, struct pidfd_info)`.
+        const PIDFD_GET_INFO: libc::c_ulong = 0xc040_ff0b;
+        const PIDFD_INFO_EXIT: u64 = 1 << 3;
+        let mut info = PidFdInfo { mask: PIDFD_INFO_EXIT, ..PidFdInfo::default() };
+        // SAFETY: the number encodes the size of the structure, 64 bytes, to which the kernel writes.
+        let done = unsafe { libc::ioctl(self.0.as_raw_fd(), PIDFD_GET_INFO as _, &raw mut info) };
+        (done == 0 && info.mask & PIDFD_INFO_EXIT != 0).then_some(info.exit_code)
+    }
+
+    /// The last field of `/proc/<pid>/stat` (proc(5)).
+    fn status_of_zombie(&self) -> Option<i32> {
+        let fdinfo = std::fs::read_to_string(format!("/proc/self/fdinfo/{}", self.0.as_raw_fd())).ok()?;
+        let pid: u32 = fdinfo.lines().find_map(|line| line.strip_prefix("Pid:"))?.trim().parse().ok()?;
+        let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
+        // It is still this process if it was not reaped up to here.
+        self.send_signal(0).ok()?;
+        let (_, fields) = stat.rsplit_once(')')?;
+        let state = fields.trim_start().chars().next()?;
+        matches!(state, 'Z' | 'X').then(|| fields.split_ascii_whitespace().last()?.parse().ok())?
+    }
+
     /// Waits for the process, a child of this one, and removes it from the process table.
     ///
     /// # Errors

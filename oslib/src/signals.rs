@@ -9,6 +9,7 @@ use std::fmt;
 use std::io;
 use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
+use std::sync::atomic::{AtomicBool, AtomicPtr, Ordering};
 
 use nix::errno::Errno;
 
@@ -227,6 +228,110 @@ pub fn install_noop_handler(signal: i32) -> io::Result<()> {
     action.sa_mask = SignalMask::EMPTY.to_sigset();
     // SAFETY: `action` is initialised, and its handler, which does nothing, is safe at any point of any thread.
     Errno::result(unsafe { libc::sigaction(signal, &raw const action, std::ptr::null_mut()) })?;
+    Ok(())
+}
+
+/// What [`on_fatal`] calls: a plain function, or null.
+static ON_FATAL: AtomicPtr<()> = AtomicPtr::new(std::ptr::null_mut());
+
+/// Bytes of the stack that fatal signals of the main thread are handled on: the frame of a CPU with large registers takes
+/// some 12 KiB.
+const FATAL_STACK_LEN: usize = 64 << 10;
+
+/// Handlers of fatal signals. Dropping them puts back what was there before.
+#[derive(Debug)]
+pub struct FatalHandlers {
+    before: Vec<(i32, libc::sigaction)>,
+}
+
+// SAFETY: the structures hold addresses of handlers, which are the same in every thread, and nothing is read through them.
+unsafe impl Send for FatalHandlers {}
+// SAFETY: as above.
+unsafe impl Sync for FatalHandlers {}
+
+/// Has `act` called when one of `signals` arrives or the program raises it by a fault, and lets the calling thread receive
+/// them. If `act` returns, the signal takes its default action: it ends the process.
+///
+/// `act` runs inside a signal handler, with all signals blocked, on a stack of its own: that of the standard library in its
+/// threads, and one that this function makes, once, for the thread that calls it first. So it may only do what
+/// signal-safety(7) allows. One function serves the whole process: the last that was given.
+///
+/// # Errors
+/// EINVAL for a number that is no signal or cannot be handled; ENOMEM. Nothing has changed then.
+pub fn on_fatal(signals: &[i32], act: fn(i32)) -> io::Result<FatalHandlers> {
+    extern "C" fn handle(signal: libc::c_int) {
+        let act = ON_FATAL.load(Ordering::Acquire);
+        if !act.is_null() {
+            // SAFETY: only `on_fatal` stores here, and what it stores is such a function.
+            let act = unsafe { std::mem::transmute::<*mut (), fn(i32)>(act) };
+            act(signal);
+        }
+        // SAFETY: all zeros is a valid sigaction, of the default action; raise is async-signal-safe. The signal is
+        // blocked until this handler has returned.
+        unsafe {
+            let default: libc::sigaction = std::mem::zeroed();
+            libc::sigaction(signal, &raw const default, std::ptr::null_mut());
+            libc::raise(signal);
+        }
+    }
+
+    give_alternate_stack()?;
+    ON_FATAL.store(act as *mut (), Ordering::Release);
+    // SAFETY: sigaction is a plain C structure for which all zeros is valid.
+    let mut action: libc::sigaction = unsafe { std::mem::zeroed() };
+    action.sa_sigaction = handle as extern "C" fn(libc::c_int) as libc::sighandler_t;
+    action.sa_mask = SignalMask::ALL.to_sigset();
+    action.sa_flags = libc::SA_ONSTACK;
+    let mut handlers = FatalHandlers { before: Vec::with_capacity(signals.len()) };
+    for &signal in signals {
+        // SAFETY: as above.
+        let mut before: libc::sigaction = unsafe { std::mem::zeroed() };
+        // SAFETY: `action` is initialised, and its handler does what its caller has promised to be safe; an early return
+        // drops `handlers`, which undoes what was done.
+        Errno::result(unsafe { libc::sigaction(signal, &raw const action, &raw mut before) })?;
+        handlers.before.push((signal, before));
+    }
+    change_mask(libc::SIG_UNBLOCK, Some(SignalMask::of(signals)))?;
+    Ok(handlers)
+}
+
+impl Drop for FatalHandlers {
+    fn drop(&mut self) {
+        for (signal, before) in &self.before {
+            // SAFETY: the kernel gave us this action for this very signal.
+            unsafe { libc::sigaction(*signal, std::ptr::from_ref(before), std::ptr::null_mut()) };
+        }
+    }
+}
+
+/// Gives the calling thread a stack for signal handlers, once per process.
+fn give_alternate_stack() -> io::Result<()> {
+    static GIVEN: AtomicBool = AtomicBool::new(false);
+    if GIVEN.swap(true, Ordering::AcqRel) {
+        return Ok(());
+    }
+    // Never freed: a handler may run on it at any time.
+    let stack = Box::leak(vec![0u8; FATAL_STACK_LEN].into_boxed_slice());
+    let stack = libc::stack_t { ss_sp: stack.as_mut_ptr().cast(), ss_flags: 0, ss_size: FATAL_STACK_LEN };
+    // SAFETY: the memory is leaked, so the kernel may use it for ever; `stack` outlives the call.
+    Errno::result(unsafe { libc::sigaltstack(&raw const stack, std::ptr::null_mut()) })?;
+    Ok(())
+}
+
+/// Takes back `signal` if it is pending for this process.
+///
+/// # Errors
+/// EINVAL for a number that is no signal or cannot be ignored.
+pub fn discard_pending(signal: i32) -> io::Result<()> {
+    // SAFETY: sigaction is a plain C structure for which all zeros is valid.
+    let (mut ignore, mut before): (libc::sigaction, libc::sigaction) = unsafe { std::mem::zeroed() };
+    ignore.sa_sigaction = libc::SIG_IGN;
+    // To ignore a signal discards it where it is pending, blocked or not: see sigaction(3p).
+    // SAFETY: both actions are initialised, and the second is the kernel's own.
+    unsafe {
+        Errno::result(libc::sigaction(signal, &raw const ignore, &raw mut before))?;
+        Errno::result(libc::sigaction(signal, &raw const before, std::ptr::null_mut()))?;
+    }
     Ok(())
 }
 

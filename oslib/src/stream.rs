@@ -1,4 +1,4 @@
-#![allow(unsafe_code, reason = "accept4 gives a bare number")]
+#![allow(unsafe_code, reason = "accept4 gives a bare number, and standard error is one")]
 //! Reading and writing streams from an event loop: sockets by calls that never block, and descriptors that other programs
 //! share, and that must therefore stay blocking, by asking poll(2) first.
 //!
@@ -55,6 +55,22 @@ pub fn read(fd: impl AsFd, max_bytes: usize) -> io::Result<Vec<u8>> {
 /// Those of write(2).
 pub fn write(fd: impl AsFd, bytes: &[u8]) -> io::Result<usize> {
     retry::on_eintr(|| nix::unistd::write(fd.as_fd(), bytes))
+}
+
+/// Makes descriptor 2, standard error, the open file behind `fd`. It survives an exec, as it always does.
+///
+/// # Errors
+/// Those of dup2(2).
+pub fn replace_stderr(fd: impl AsFd) -> io::Result<()> {
+    // SAFETY: takes no pointer. The standard library never closes number 2 and relies on no particular file behind it.
+    Errno::result(unsafe { libc::dup2(fd.as_fd().as_raw_fd(), libc::STDERR_FILENO) })?;
+    Ok(())
+}
+
+/// Writes to standard error, at once and as far as it goes. Takes no lock, so it may be called in a signal handler.
+pub fn write_stderr(bytes: &[u8]) {
+    // SAFETY: the pointer and the length are of one slice, which the call only reads.
+    unsafe { libc::write(libc::STDERR_FILENO, bytes.as_ptr().cast(), bytes.len()) };
 }
 
 /// Whether a read would give something, or the end, at once.

@@ -125,8 +125,16 @@ impl Machine {
     /// # Errors
     /// The vCPU that could not be created.
     pub fn ready(&self) -> Result<(), MachineError> {
+        self.ready_with(&mut || {})
+    }
+
+    /// As [`ready`](Self::ready), and calls `made` after each vCPU: for whoever has to show that it goes on.
+    ///
+    /// # Errors
+    /// As [`ready`](Self::ready).
+    pub fn ready_with(&self, made: &mut dyn FnMut()) -> Result<(), MachineError> {
         self.ensure_pit()?;
-        self.vcpus.ready()
+        self.vcpus.ready_with(made)
     }
 
     /// Prepares a cold start: gives the vCPUs the host's CPUID, and the first one its first instruction. `entry`

@@ -144,6 +144,11 @@ impl Output {
         self.lock().pending.iter().copied().collect()
     }
 
+    /// Drops what the peer has not taken yet: another program has sent it.
+    pub fn forget(&self) {
+        self.lock().pending.clear();
+    }
+
     /// Sends `bytes` before everything that is pending.
     pub fn write_first(&self, bytes: &[u8]) {
         let mut state = self.lock();
@@ -440,6 +445,11 @@ impl ChardevState {
     /// Of which chardev this is; see [`identity`].
     pub fn identity(&self) -> &str {
         &self.identity
+    }
+
+    /// Another program has sent the output that was still to be sent.
+    pub fn forget_output(&mut self) {
+        self.pending.clear();
     }
 
     /// How the terminal was found, if it was one: for a target that does not take the chardev over.

@@ -1,6 +1,7 @@
 //! What the monitors know of updates: parameters, capabilities, status, and the report of the last one.
 
 use std::ffi::OsString;
+use std::time::Duration;
 
 use cpr_core::{BlockReason, Control, CprMode, ModeInfo, Report};
 use cpr_exec::{CprExec, MainChannel};
@@ -52,13 +53,24 @@ pub struct Settings {
     mode: String,
     cpr_exec_command: Vec<String>,
     keeper: bool,
+    /// Milliseconds; 0 for no limit.
+    cpr_exec_timeout: u64,
+    /// The same.
+    cpr_defer_timeout: u64,
     /// The `events` capability.
     pub events: bool,
 }
 
 impl Default for Settings {
     fn default() -> Self {
-        Settings { mode: NORMAL.into(), cpr_exec_command: Vec::new(), keeper: true, events: false }
+        Settings {
+            mode: NORMAL.into(),
+            cpr_exec_command: Vec::new(),
+            keeper: true,
+            cpr_exec_timeout: 5000,
+            cpr_defer_timeout: 0,
+            events: false,
+        }
     }
 }
 
@@ -92,6 +104,12 @@ impl Settings {
         if let Some(keeper) = parameters.x_cpr_exec_keeper {
             self.keeper = keeper;
         }
+        if let Some(timeout) = parameters.cpr_exec_timeout {
+            self.cpr_exec_timeout = timeout;
+        }
+        if let Some(timeout) = parameters.cpr_defer_timeout {
+            self.cpr_defer_timeout = timeout;
+        }
         Ok(())
     }
 
@@ -100,6 +118,8 @@ impl Settings {
         json!({
             "mode": self.mode,
             "cpr-exec-command": self.cpr_exec_command,
+            "cpr-exec-timeout": self.cpr_exec_timeout,
+            "cpr-defer-timeout": self.cpr_defer_timeout,
             "x-cpr-exec-keeper": self.keeper,
         })
     }
@@ -136,10 +156,38 @@ impl Settings {
             )));
         }
         let command = self.cpr_exec_command.iter().map(OsString::from).collect();
-        let exec =
-            CprExec::new(command, main_channel(channel)).signal_mask(original_mask).keeper(self.keeper);
+        let limit = |ms: u64| (ms > 0).then(|| Duration::from_millis(ms));
+        let own_command = own_command(std::env::args_os(), &channel);
+        let exec = CprExec::new(command, main_channel(channel))
+            .signal_mask(original_mask)
+            .keeper(self.keeper)
+            .time_limits(limit(self.cpr_exec_timeout), limit(self.cpr_defer_timeout))
+            .fallback(own_command);
         Ok(Box::new(exec))
     }
+}
+
+/// This program's command line, to take the guest over from `channel`.
+fn own_command(args: impl IntoIterator<Item = OsString>, channel: &Channel) -> Vec<OsString> {
+    let mut command = Vec::new();
+    let mut args = args.into_iter();
+    while let Some(argument) = args.next() {
+        if argument == "-incoming" || argument == "--incoming" {
+            args.next();
+        } else {
+            command.push(argument);
+        }
+    }
+    let channel = match channel {
+        // A wrapper of the next program may have gone to another directory.
+        Channel::File { path, offset } => {
+            let path = std::path::absolute(path).unwrap_or_else(|_| path.clone());
+            Channel::File { path, offset: *offset }
+        }
+        Channel::Memfd => Channel::Memfd,
+    };
+    command.extend(["-incoming".into(), channel.to_string().into()]);
+    command
 }
 
 /// The user's channel in the mode's terms.
@@ -206,5 +254,20 @@ impl Progress {
             }
         }
         info.insert("cpr".into(), cpr);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_way_back_is_the_own_command_line_with_this_update() {
+        let words = |words: &str| words.split(' ').map(OsString::from).collect::<Vec<_>>();
+        let command = own_command(words("./cpr-vmm -incoming defer -S -name x"), &Channel::Memfd);
+        assert_eq!(command, words("./cpr-vmm -S -name x -incoming memfd:"));
+        let channel = Channel::File { path: "/a/b".into(), offset: 9 };
+        let command = own_command(words("cpr-vmm --incoming memfd:"), &channel);
+        assert_eq!(command, words("cpr-vmm -incoming file:/a/b,offset=9"));
     }
 }

@@ -2,7 +2,8 @@
 //!
 //! The order matters for both. What a previous program left is received before anything is opened; the machine is
 //! built before the state is read; and until the commit nothing is printed or read, so that another program can still
-//! take the guest back.
+//! take the guest back. Whatever goes wrong up to there, an error, a panic or a fault, is the previous program's turn: it
+//! is executed again in this process ([`cpr_exec::fall_back`]).
 
 use std::ffi::OsString;
 use std::fs::File;
@@ -48,6 +49,8 @@ impl Arriving {
 pub struct ExecRest {
     pub(crate) keeper: Option<cpr_exec::KeeperEnd>,
     pub(crate) source: cpr_exec::MainReader,
+    /// This is a fallback start, and the update has failed with this error.
+    pub(crate) failure: Option<String>,
 }
 
 /// Signals that end the program in good order.
@@ -66,6 +69,8 @@ pub fn main(args: impl IntoIterator<Item = OsString>) -> ExitCode {
         Ok(code) => code,
         Err(error) => {
             eprintln!("cpr-vmm: {}", errors::text(error.as_ref()));
+            // Returns unless this was the target of an update.
+            cpr_exec::fall_back();
             ExitCode::FAILURE
         }
     }
@@ -75,6 +80,7 @@ fn try_main(args: impl IntoIterator<Item = OsString>, started_ns: u64) -> anyhow
     let mut arrival = cpr_exec::receive()?;
     if let Some(arrival) = &arrival {
         arrival.arrival.control.timeline().stamp_at(Stamp::TargetStarted, started_ns);
+        fall_back_on_panic();
     }
     let invocation = cli::parse(args).inspect_err(|_| {
         // The predecessor's terminal modes are still set, and nobody else will give the terminal back.
@@ -86,6 +92,9 @@ fn try_main(args: impl IntoIterator<Item = OsString>, started_ns: u64) -> anyhow
     })?;
     let config = match invocation {
         Invocation::Run(config) => *config,
+        Invocation::Help(_) | Invocation::Version(_) if arrival.is_some() => {
+            bail!("this program was asked for a text, and not to take a guest over")
+        }
         Invocation::Help(text) | Invocation::Version(text) => {
             print!("{text}");
             return Ok(ExitCode::SUCCESS);
@@ -97,6 +106,15 @@ fn try_main(args: impl IntoIterator<Item = OsString>, started_ns: u64) -> anyhow
         Exit::Fatal => ExitCode::FAILURE,
         Exit::Quit | Exit::Signal(_) | Exit::GuestPowerOff | Exit::GuestReset => ExitCode::SUCCESS,
     })
+}
+
+/// For a panic of any thread, after its message.
+fn fall_back_on_panic() {
+    let report = std::panic::take_hook();
+    std::panic::set_hook(Box::new(move |panic| {
+        report(panic);
+        cpr_exec::fall_back();
+    }));
 }
 
 fn start(config: Config, arrival: Option<ExecArrival>) -> anyhow::Result<App> {
@@ -137,14 +155,33 @@ fn build(
         std::fs::write(path, format!("{}\n", std::process::id()))
             .with_context(|| format!("-pidfile: cannot write {}", path.display()))?;
     }
+    // The source watches that this program gets on.
+    let note_progress = || {
+        if let Some(arriving) = &arriving {
+            arriving.incoming.control().rendezvous().note_progress();
+        }
+    };
+    note_progress();
     let memory = open_memory(&config.memory, &services.registry, arriving.is_some())?;
     let ram = GuestRam::map(&memory)?;
+    note_progress();
     let (mut states, settings, named_fds, cpuid) = match early {
         Some(EarlyState { chardevs, settings, named_fds, cpuid }) => {
             (chardevs, settings, app::find_named_fds(&named_fds, &services.registry), cpuid)
         }
         None => Default::default(),
     };
+    if !cpuid.is_empty() && cpuid.len() != usize::from(config.cpus) {
+        bail!("the guest has {} vCPUs, the command line says {}", cpuid.len(), config.cpus);
+    }
+    // How the update ended for a monitor that waits for it: by a program that has it, the source's or a later one.
+    let failure = arriving.as_ref().and_then(|arriving| arriving.exec.failure.clone());
+    if failure.is_some()
+        && arriving.as_ref().is_some_and(|a| a.incoming.control().rendezvous().was_deferred())
+    {
+        // The program that failed served the monitors meanwhile.
+        states.iter_mut().for_each(|(state, _)| state.forget_output());
+    }
     let (mut chardevs, mut front_ends) = (Vec::new(), Vec::new());
     for chardev_config in &config.chardevs {
         let identity = chardev::identity(chardev_config)?;
@@ -154,7 +191,13 @@ fn build(
         let chardev = Chardev::open(chardev_config, &services.registry, chardev_state)?;
         let mut front_end = front_end(chardev_config, &config)?;
         if let Some(state) = users_state {
-            front_end.restore(&identity, state, &services.registry, chardev.is_connected());
+            front_end.restore(
+                &identity,
+                state,
+                &services.registry,
+                chardev.is_connected(),
+                failure.as_deref(),
+            );
         }
         if chardev.is_connected() && !took_over {
             front_end.connect(chardev.id());
@@ -171,12 +214,15 @@ fn build(
         serial: Box::new(output),
         observer: observer.clone(),
     })?;
+    note_progress();
     if let Some(arriving) = &arriving {
         if arriving.exec.source.is_live() {
             // The guest runs meanwhile, so everything that can be done now is.
             machine.preset_cpuid(&cpuid)?;
-            machine.ready()?;
+            machine.ready_with(&mut || note_progress())?;
         }
+        #[cfg(feature = "fault-injection")]
+        crate::fault::strike("built", failure.is_some());
         arriving.incoming.control().timeline().stamp(Stamp::Built);
     }
     let run_state = if arriving.is_some() { RunState::InMigrate } else { RunState::Prelaunch };
@@ -212,10 +258,10 @@ fn handle_signals(arrival: Option<&ExecArrival>) -> anyhow::Result<(SignalFd, Si
 }
 
 fn receive(services: &mut Services, arrival: ExecArrival) -> anyhow::Result<(Arriving, EarlyState)> {
-    let ExecArrival { arrival, main, keeper, source, .. } = arrival;
+    let ExecArrival { arrival, main, keeper, source, failure, .. } = arrival;
     let mut incoming = Incoming::begin(services, arrival)?;
     let early = app::take_early_state(incoming.early())?;
-    Ok((Arriving { exec: ExecRest { keeper, source }, incoming, main }, early))
+    Ok((Arriving { exec: ExecRest { keeper, source, failure }, incoming, main }, early))
 }
 
 fn open_memory(

@@ -4,7 +4,7 @@
 use std::fs;
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::{FileExt, PermissionsExt, symlink};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use anyhow::ensure;
 use cpr_core::frame::{Frame, FrameWriter, HEADER_LEN};
@@ -69,17 +69,23 @@ impl Machine {
     fn fails(&mut self, uri: &str) -> anyhow::Result<(Vec<String>, String)> {
         self.vmm.qmp().take_events();
         self.vmm.qmp().execute("migrate", json!({ "uri": uri }))?;
-        let info = wait_for("the failure", PATIENCE, || {
-            let info = self.vmm.qmp().execute("query-migrate", json!({})).ok()?;
-            (info["status"] == "failed").then_some(info)
-        })?;
+        let error = self.has_failed()?;
         let events = self.vmm.qmp().take_events();
         let brief = |event: &Value| {
             let status = event["data"]["status"].as_str();
             status.or(event["event"].as_str()).unwrap_or_default().to_owned()
         };
         self.is_as_before()?;
-        Ok((events.iter().map(brief).collect(), info["error-desc"].as_str().unwrap_or_default().to_owned()))
+        Ok((events.iter().map(brief).collect(), error))
+    }
+
+    /// Waits until the update has failed; gives the error in `query-migrate`.
+    fn has_failed(&mut self) -> anyhow::Result<String> {
+        let info = wait_for("the failure", PATIENCE, || {
+            let info = self.vmm.qmp().execute("query-migrate", json!({})).ok()?;
+            (info["status"] == "failed").then_some(info)
+        })?;
+        Ok(info["error-desc"].as_str().unwrap_or_default().to_owned())
     }
 
     /// The guest runs, and no child would inherit what it should not.
@@ -328,18 +334,26 @@ fn at_the_door(builder: VmmBuilder) -> anyhow::Result<Machine> {
     Ok(machine)
 }
 
-/// Loading `uri` must end the program, with the error for the client, on standard error, and in the exit code.
+/// The state as the old program wrote it in advance, where it does not write it once more.
+fn copy(machine: &Machine) -> anyhow::Result<PathBuf> {
+    let copy = machine.vmm.path("vm.copy");
+    fs::copy(machine.vmm.path("vm.state"), &copy)?;
+    Ok(copy)
+}
+
+/// Loading `uri` must fail, with the error for the client; then the old program has the guest again, in the same process,
+/// tells the error as the update's, and can be updated.
 fn is_turned_away(mut machine: Machine, uri: &str, needles: &[&str]) -> anyhow::Result<()> {
-    let beats = machine.guest.vcpu(0).beats();
     let refusal = machine.vmm.qmp().refused("migrate-incoming", json!({ "uri": uri }))?;
     for needle in needles {
         ensure!(refusal.desc.contains(needle), "{needle:?} is not in {refusal}");
     }
-    assert_eq!(machine.vmm.wait_exit()?, Some(1));
+    let error = machine.has_failed()?;
+    ensure!(error.contains(&format!("cpr-vmm: {}", refusal.desc)), "{refusal} is not in {error}");
     let said = machine.vmm.stderr();
     ensure!(said.contains(&format!("cpr-vmm: {}\n", refusal.desc)), "{refusal} is not in {said}");
-    assert_eq!(machine.guest.vcpu(0).beats(), beats, "the guest ran without its state");
-    Ok(())
+    machine.is_as_before()?;
+    machine.updates()
 }
 
 #[test]
@@ -370,8 +384,8 @@ fn a_damaged_state_file_is_named() -> anyhow::Result<()> {
     ];
     for (damage, expected) in cases {
         let machine = at_the_door(VmmBuilder::new())?;
-        damage(&machine.vmm.path("vm.state"))?;
-        is_turned_away(machine, "file:vm.state", &["vm.state", expected])?;
+        damage(&copy(&machine)?)?;
+        is_turned_away(machine, "file:vm.copy", &["vm.copy", expected])?;
     }
     Ok(())
 }
@@ -398,25 +412,25 @@ fn a_state_that_is_not_this_machines_is_named() -> anyhow::Result<()> {
     need_kvm!();
     // A section from the future, one that is cut short, one that nobody knows.
     let machine = at_the_door(VmmBuilder::new())?;
-    rewrite(&machine.vmm.path("vm.state"), |name, _, version, _| {
+    rewrite(&copy(&machine)?, |name, _, version, _| {
         if name == "serial" {
             *version = 99;
         }
     })?;
-    is_turned_away(machine, "file:vm.state", &["'serial' has version 99"])?;
+    is_turned_away(machine, "file:vm.copy", &["'serial' has version 99"])?;
 
     let machine = at_the_door(VmmBuilder::new())?;
-    rewrite(&machine.vmm.path("vm.state"), |name, _, _, body| {
+    rewrite(&copy(&machine)?, |name, _, _, body| {
         if name == "kvm/vcpu" {
             body.truncate(body.len() / 2);
         }
     })?;
-    is_turned_away(machine, "file:vm.state", &["'kvm/vcpu' instance 0 is malformed"])?;
+    is_turned_away(machine, "file:vm.copy", &["'kvm/vcpu' instance 0 is malformed"])?;
 
     let machine = at_the_door(VmmBuilder::new())?;
     fs::write(machine.vmm.path("vm.extra"), "")?;
-    rewrite(&machine.vmm.path("vm.state"), |_, _, _, _| {})?;
-    is_turned_away(machine, "file:vm.state", &["claims state section vmm/flux-capacitor/0"])?;
+    rewrite(&copy(&machine)?, |_, _, _, _| {})?;
+    is_turned_away(machine, "file:vm.copy", &["claims state section vmm/flux-capacitor/0"])?;
 
     // Another machine's state, and the same machine's of another update.
     let other = at_the_door(VmmBuilder::new().cpus(2))?;
@@ -462,12 +476,12 @@ fn a_command_line_of_another_machine_is_named() -> anyhow::Result<()> {
         let mut machine = Machine::start()?;
         let command = edit(machine.vmm.exec_command("memfd:"));
         machine.vmm.set_exec(&command)?;
-        machine.vmm.qmp().execute("migrate", json!({ "uri": "memfd:" }))?;
-        assert_eq!(machine.vmm.wait_exit()?, Some(1), "{needles:?}");
-        let said = machine.vmm.stderr();
+        let (events, error) = machine.fails("memfd:")?;
+        assert_eq!(events.last().map(String::as_str), Some("failed"), "{events:?}");
         for needle in needles {
-            assert!(said.contains(needle), "{needle:?} is not in {said}");
+            assert!(error.contains(needle), "{needle:?} is not in {error}");
         }
+        machine.updates()?;
     }
     Ok(())
 }

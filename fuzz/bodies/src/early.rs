@@ -204,7 +204,7 @@ fn go_on(state: EarlyState, users: Vec<User>) {
         let mux = (users.len() > 1).then(|| Mux::new(users.len() as u8));
         let mut front_end = FrontEnd { users, mux };
         let registry = received(chardev.identity());
-        front_end.restore(chardev.identity(), front_end_state, &registry, true);
+        front_end.restore(chardev.identity(), front_end_state, &registry, true, None);
         for user in &mut front_end.users {
             match user {
                 User::Serial(_) | User::Hmp(None) | User::Qmp(None) => {}

@@ -104,7 +104,16 @@ impl Vcpus {
 
     /// Waits until all vCPUs exist.
     pub(crate) fn ready(&self) -> Result<(), MachineError> {
-        self.on_each(|slot| slot.wait_made())
+        self.ready_with(&mut || {})
+    }
+
+    /// The same, and calls `made` after each.
+    pub(crate) fn ready_with(&self, made: &mut dyn FnMut()) -> Result<(), MachineError> {
+        self.on_each(|slot| {
+            slot.wait_made()?;
+            made();
+            Ok(())
+        })
     }
 
     /// Returns the vCPUs' descriptors.

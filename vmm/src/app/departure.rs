@@ -65,6 +65,14 @@ impl App {
         if let Some(Err(error)) = self.parts.config.pidfile.as_ref().map(write) {
             tracing::warn!("{error:#}");
         }
+        let deferred =
+            self.progress.control.as_ref().is_some_and(|control| control.rendezvous().was_deferred());
+        if deferred {
+            // That program served the monitors meanwhile, and sent them what they had not taken.
+            let serial = self.serial_chardev();
+            let others = self.parts.chardevs.iter().enumerate().filter(|(at, _)| Some(*at) != serial);
+            others.for_each(|(_, chardev)| chardev.output().forget());
+        }
         match EventLoop::new() {
             Ok(events) => self.events = events,
             Err(error) => tracing::error!(%error, "signals may go unnoticed"),

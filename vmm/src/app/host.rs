@@ -222,8 +222,16 @@ fn received_fd(chardev: &str) -> String {
 
 impl FrontEnd {
     /// Goes on with the sessions that `state` has for the same kind of user, and starts the others afresh.
-    /// `connected`: the peer they talk to was taken over as well; without it they have ended.
-    pub fn restore(&mut self, chardev: &str, state: FrontEndState, registry: &FdRegistry, connected: bool) {
+    /// `connected`: the peer they talk to was taken over as well; without it they have ended. `failure`: why the update
+    /// failed, for a session that waits for its end.
+    pub fn restore(
+        &mut self,
+        chardev: &str,
+        state: FrontEndState,
+        registry: &FdRegistry,
+        connected: bool,
+        failure: Option<&str>,
+    ) {
         let received = |count: u64, offset: u64| -> Vec<OwnedFd> {
             (0..count)
                 .filter_map(|at| registry.find::<OwnedFd>(&received_fd(chardev), offset + at))
@@ -239,7 +247,10 @@ impl FrontEnd {
                     *session = saved.map(|saved| {
                         let mut session = hmp::Session::restore(saved, received(fds, offset));
                         // The update it waited for is what brought it here.
-                        session.resume(Ok(serde_json::Value::Null));
+                        session.resume(match failure {
+                            None => Ok(serde_json::Value::Null),
+                            Some(error) => Err(QmpError::generic(error)),
+                        });
                         Box::new(session)
                     });
                     offset += fds;
@@ -373,6 +384,8 @@ impl App {
         let mut source = arriving.exec.source.open(channel);
         let result = arriving.incoming.load(self, &mut *source);
         let result = result.and_then(|()| {
+            #[cfg(feature = "fault-injection")]
+            crate::fault::strike("loaded", arriving.exec.failure.is_some());
             let vcpus = self.parts.config.cpus.into();
             self.progress.control = Some(arriving.incoming.control().clone());
             if arriving.incoming.activity() == GuestActivity::Running {
@@ -396,7 +409,8 @@ impl App {
         } else {
             arriving.incoming.released();
         }
-        self.progress.status = Status::Completed;
+        self.progress.error = arriving.exec.failure;
+        self.progress.status = if self.progress.error.is_some() { Status::Failed } else { Status::Completed };
         self.progress.mode = Some(cpr_exec::MODE.to_string());
         self.emit_migration_event();
         Ok(())
@@ -409,7 +423,7 @@ impl App {
             ));
         }
         if let Err(error) = self.take_over(Some(channel)) {
-            // The guest's only runner would be this process, and it cannot run it.
+            // This program cannot run the guest; once its user has been answered, another one will.
             let text = errors::text(error.as_ref());
             eprintln!("cpr-vmm: {text}");
             self.exit.get_or_insert(Exit::Fatal);

@@ -171,6 +171,10 @@ impl App {
             if !self.departed
                 && let Some(exit) = self.exit.take()
             {
+                if exit == Exit::Fatal {
+                    self.flush_output();
+                    cpr_exec::fall_back();
+                }
                 self.end(&exit);
                 return Ok(exit);
             }
@@ -369,6 +373,15 @@ impl App {
         incoming.released();
     }
 
+    /// Gives peers a moment to take what this program has said.
+    fn flush_output(&self) {
+        let deadline = Instant::now() + LAST_WORDS;
+        while self.parts.chardevs.iter().any(Chardev::has_pending) && Instant::now() < deadline {
+            std::thread::sleep(Duration::from_millis(1));
+            self.parts.chardevs.iter().for_each(Chardev::flush);
+        }
+    }
+
     /// The orderly end: last output, terminal modes, socket paths.
     fn end(&mut self, exit: &Exit) {
         if let Some(mut update) = self.update.take() {
@@ -384,11 +397,7 @@ impl App {
         }
         self.emit_shutdown(exit);
         self.deliver_events();
-        let deadline = Instant::now() + LAST_WORDS;
-        while self.parts.chardevs.iter().any(Chardev::has_pending) && Instant::now() < deadline {
-            std::thread::sleep(Duration::from_millis(1));
-            self.parts.chardevs.iter().for_each(Chardev::flush);
-        }
+        self.flush_output();
         self.parts.chardevs.iter_mut().for_each(Chardev::close);
         if let Some(path) = &self.parts.config.pidfile {
             let _ = std::fs::remove_file(path);

@@ -53,7 +53,7 @@ pub enum Command {
     QueryMigrate,
     /// `migrate-set-parameters`.
     MigrateSetParameters(MigrationParameters),
-    /// `query-migrate-parameters`: `{"mode": ..., "cpr-exec-command": [...], "x-cpr-exec-keeper": true}`.
+    /// `query-migrate-parameters`: an object with a member for each of [`PARAMETERS`].
     QueryMigrateParameters,
     /// `migrate-set-capabilities`.
     MigrateSetCapabilities(Vec<CapabilityState>),
@@ -78,12 +78,17 @@ pub struct MigrationParameters {
     pub mode: Option<String>,
     /// Program and arguments of the next VMM. An empty list unsets it.
     pub cpr_exec_command: Option<Vec<String>>,
+    /// Milliseconds that the next VMM may go without progress before it has the guest; 0 for no limit.
+    pub cpr_exec_timeout: Option<u64>,
+    /// Milliseconds that it may wait for a `migrate-incoming`; 0 for no limit.
+    pub cpr_defer_timeout: Option<u64>,
     /// Whether a keeper takes the old address space off the update's path. For comparison only, hence the `x-`.
     pub x_cpr_exec_keeper: Option<bool>,
 }
 
 /// Names of the migration parameters, as QMP and HMP know them.
-pub const PARAMETERS: &[&str] = &["mode", "cpr-exec-command", "x-cpr-exec-keeper"];
+pub const PARAMETERS: &[&str] =
+    &["mode", "cpr-exec-command", "cpr-exec-timeout", "cpr-defer-timeout", "x-cpr-exec-keeper"];
 
 /// A migration capability.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -235,6 +240,8 @@ fn migrate_set_parameters(args: &mut Args) -> Result<Request, QmpError> {
     Ok(Request::Machine(Command::MigrateSetParameters(MigrationParameters {
         mode: args.optional("mode")?,
         cpr_exec_command: args.optional("cpr-exec-command")?,
+        cpr_exec_timeout: args.optional("cpr-exec-timeout")?,
+        cpr_defer_timeout: args.optional("cpr-defer-timeout")?,
         x_cpr_exec_keeper: args.optional("x-cpr-exec-keeper")?,
     })))
 }
@@ -314,13 +321,14 @@ mod tests {
             Ok(Request::Machine(Command::MigrateSetParameters(MigrationParameters {
                 mode: Some("cpr-exec".into()),
                 cpr_exec_command: Some(vec!["a".into(), "b c".into()]),
-                x_cpr_exec_keeper: None,
+                ..MigrationParameters::default()
             })))
         );
         let text = error("migrate-set-parameters", json!({"downtime-limit": 3}));
         assert_eq!(
             text,
-            "Parameter 'downtime-limit' is unexpected (known: mode, cpr-exec-command, x-cpr-exec-keeper)"
+            "Parameter 'downtime-limit' is unexpected (known: mode, cpr-exec-command, cpr-exec-timeout, \
+             cpr-defer-timeout, x-cpr-exec-keeper)"
         );
         assert!(
             error("migrate-set-parameters", json!({"cpr-exec-command": "a"})).contains("array of strings")

@@ -157,7 +157,7 @@ pub(super) const COMMANDS: &[HmpCommand] = &[
     HmpCommand {
         names: &["migrate_set_parameter"],
         params: "NAME VALUE",
-        help: "set a migration parameter (mode, cpr-exec-command); the value is the rest of the line, for \
+        help: "set a migration parameter (see info migrate_parameters); the value is the rest of the line, for \
                cpr-exec-command split as a shell would",
         args: &[Arg::Word(Words::Parameter), Arg::Rest(Words::ParameterValue)],
         run: migrate_set_parameter,
@@ -394,6 +394,8 @@ fn migrate_set_parameter(context: &mut Context<'_, '_>, args: &Arguments) -> Res
             })?;
             parameters.cpr_exec_command = Some(command);
         }
+        "cpr-exec-timeout" => parameters.cpr_exec_timeout = Some(milliseconds(value)?),
+        "cpr-defer-timeout" => parameters.cpr_defer_timeout = Some(milliseconds(value)?),
         "x-cpr-exec-keeper" => parameters.x_cpr_exec_keeper = Some(on_or_off(value)?),
         name => {
             return Err(QmpError::generic(format!(
@@ -403,6 +405,10 @@ fn migrate_set_parameter(context: &mut Context<'_, '_>, args: &Arguments) -> Res
         }
     }
     context.execute(Command::MigrateSetParameters(parameters))
+}
+
+fn milliseconds(word: &str) -> Result<u64, QmpError> {
+    word.parse().map_err(|_| QmpError::generic(format!("expected a number of milliseconds, not '{word}'")))
 }
 
 fn on_or_off(word: &str) -> Result<bool, QmpError> {

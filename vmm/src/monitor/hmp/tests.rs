@@ -170,11 +170,13 @@ fn mistakes_are_named() {
         ("migrate_set_parameter mode warp", "Error: Parameter 'mode' does not accept value 'warp'"),
         (
             "migrate_set_parameter speed 3",
-            "unknown migration parameter 'speed' (known: mode, cpr-exec-command, x-cpr-exec-keeper)",
+            "unknown migration parameter 'speed' (known: mode, cpr-exec-command, cpr-exec-timeout, \
+             cpr-defer-timeout, x-cpr-exec-keeper)",
         ),
         ("migrate_set_parameter cpr-exec-command a 'b", "Error: cpr-exec-command: a quotation mark"),
         ("migrate_set_capability warp on", "'warp' (known: events)"),
         ("migrate_set_parameter x-cpr-exec-keeper maybe", "not 'maybe'"),
+        ("migrate_set_parameter cpr-exec-timeout soon", "a number of milliseconds, not 'soon'"),
         ("migrate_set_capability events maybe", "not 'maybe'"),
         ("getfd 1x", "Error: Parameter 'fdname'"),
         ("getfd x", "Error: No file descriptor"),
