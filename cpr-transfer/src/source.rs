@@ -33,8 +33,10 @@ pub enum Endpoint {
     Connected(UnixStream),
 }
 
-/// How long a target may take to answer, and to make progress after that.
+/// How long a target may take to answer, and how long it may go without progress while the guest stands still.
 const TIMEOUT: Duration = Duration::from_secs(5);
+/// How long it may go without progress while it builds, which costs the guest nothing.
+const BUILD_TIMEOUT: Duration = Duration::from_secs(30);
 /// Between two attempts to connect to a target whose queue is full.
 const QUEUE_POLL: Duration = Duration::from_millis(20);
 /// How long a target that was told to end may take before it is killed, and how long after that.
@@ -80,7 +82,7 @@ impl CprTransfer {
             place,
             stays: Vec::new(),
             timeout: TIMEOUT,
-            watchdog: Watchdog::new(Some(TIMEOUT), None),
+            watchdog: Watchdog::new(Some(BUILD_TIMEOUT), None),
             deadline: None,
             link: None,
             target: None,
@@ -94,12 +96,13 @@ impl CprTransfer {
         self
     }
 
-    /// How long the target may take to answer, and go without progress afterwards, 5 s by default; and how long its user may
-    /// take to say where the state comes from (`-incoming defer`), for ever by default.
+    /// How long the target may take to answer, and to take over once the guest stands still, 5 s by default; how long it may
+    /// go without progress while it builds, 30 s by default; and how long its user may take to say where the state comes from
+    /// (`-incoming defer`), for ever by default.
     #[must_use]
-    pub fn time_limits(mut self, timeout: Duration, defer_timeout: Option<Duration>) -> CprTransfer {
-        self.timeout = timeout;
-        self.watchdog = Watchdog::new(Some(timeout), defer_timeout);
+    pub fn time_limits(mut self, answer: Duration, build: Duration, defer: Option<Duration>) -> CprTransfer {
+        self.timeout = answer;
+        self.watchdog = Watchdog::new(Some(build), defer);
         self
     }
 
@@ -122,7 +125,11 @@ impl CprTransfer {
         };
         let link = Link::new(stream)?;
         link.check_user()?;
-        link.hello(None).map_err(PeerError::Io)?;
+        match link.hello(None) {
+            // It has said why, which is read next.
+            Err(error) if error.kind() == io::ErrorKind::BrokenPipe => {}
+            other => other.map_err(PeerError::Io)?,
+        }
         Ok(Some(link))
     }
 
@@ -248,7 +255,10 @@ impl CprMode for CprTransfer {
             process: process.as_fd(),
         };
         // A message that was cut off is none: the target goes back to listening.
-        link.introduce(&own, &sent).map_err(|error| format!("the descriptors could not be sent: {error}"))?;
+        link.introduce(&own, &sent).map_err(|error| match link.is_readable() {
+            Ok(true) => link.hear().err().unwrap_or(PeerError::OutOfTurn).to_string(),
+            _ => format!("the descriptors could not be sent: {error}"),
+        })?;
         if let Some(target) = &mut self.target {
             target.is_introduced = true;
         }
@@ -267,6 +277,7 @@ impl CprMode for CprTransfer {
         main.write_all_at(&frame, 0).map_err(|error| format!("the state cannot be written: {error}"))?;
         // Nobody changes it any more, so that a rollback finds what was saved to be what was read.
         memfd::seal_write(&main)?;
+        self.watchdog = Watchdog::new(Some(self.timeout), None);
         attempt.control.timeline().stamp(Stamp::HandedOver);
         attempt.control.rendezvous().publish_state();
         self.poll_hand_over(attempt)

@@ -162,7 +162,9 @@ impl Hardware {
     /// Does everything that the state is not needed for, while the guest runs elsewhere.
     pub(crate) fn complete(&self, cpuid: &[Blob], control: &Control) -> anyhow::Result<()> {
         let rendezvous = control.rendezvous();
+        rendezvous.note_progress();
         self.machine.preset_cpuid(cpuid)?;
+        rendezvous.note_progress();
         self.machine.ready()?;
         rendezvous.note_progress();
         let populated = self.machine.populate(&mut || {

@@ -38,7 +38,8 @@ impl Target {
         open_to_all(folder.path());
         let child = spawn(role, &socket);
         let end = Instant::now() + PATIENCE;
-        while !socket.exists() {
+        // A path is there a moment before somebody listens. The target sees somebody who only looks.
+        while UnixStream::connect(&socket).is_err() {
             assert!(Instant::now() < end, "the target does not listen");
             std::thread::sleep(Duration::from_millis(1));
         }

@@ -63,9 +63,12 @@ pub(crate) fn main() -> ExitCode {
     ExitCode::SUCCESS
 }
 
+/// Of a source whose target makes no progress.
+const LIMIT: Duration = Duration::from_secs(1);
+
 fn to(path: &Path) -> Box<CprTransfer> {
     let mode = CprTransfer::new(Endpoint::Path(path.into())).leaving(vec!["stays".into()]);
-    Box::new(mode.time_limits(Duration::from_secs(1), None))
+    Box::new(mode.time_limits(LIMIT, LIMIT, None))
 }
 
 fn is_handed_over(outcome: &Outcome) -> bool {

@@ -117,6 +117,7 @@ impl App {
         // The user's settings are those of this program's monitors.
         let EarlyState { chardevs, named_fds, cpuid, settings: _ } = take_early_state(incoming.early())?;
         self.open_awaited(chardevs)?;
+        control.rendezvous().note_progress();
         let parts = &mut self.parts;
         parts.named_fds.extend(find_named_fds(&named_fds, &parts.services.registry));
         let ram = startup::open_ram(&parts.config, &parts.services.registry, true)?;

@@ -177,7 +177,7 @@ fn mistakes_are_named() {
         ("migrate -x memfd:", "migrate: unsupported option -x"),
         ("migrate - memfd:", "migrate: unsupported option -"),
         ("migrate tcp:h:1", "Error: unknown migration protocol: 'tcp'"),
-        ("migrate a b", "extraneous characters"),
+        ("migrate a b c", "extraneous characters"),
         ("migrate \"file:x", "unterminated string"),
         ("stop now", "stop: extraneous characters"),
         ("migrate_set_parameter mode", "string expected"),
