@@ -5,7 +5,9 @@
 //! anything is allocated, and no input makes the parser panic.
 
 use std::collections::BTreeMap;
-use std::io::{self, Read};
+use std::fs::File;
+use std::io::{self, Read, Seek, SeekFrom, Write};
+use std::os::fd::{AsFd, OwnedFd};
 
 use serde::Serialize;
 use serde::de::DeserializeOwned;
@@ -183,6 +185,17 @@ impl FrameWriter {
     }
 }
 
+/// A memfd with these bytes, a finished frame, that nobody can change any more.
+///
+/// # Errors
+/// Those of memfd_create(2) and write(2).
+pub fn sealed_memfd(name: &str, frame: &[u8]) -> io::Result<OwnedFd> {
+    let mut file = File::from(oslib::memfd::Memfd::new(name).create()?);
+    file.write_all(frame)?;
+    oslib::memfd::seal_write(&file)?;
+    Ok(file.into())
+}
+
 /// CRC-32 of the whole frame with the checksum field taken as zero.
 fn checksum(frame: &[u8]) -> u32 {
     let mut hasher = crc32fast::Hasher::new();
@@ -348,6 +361,16 @@ impl Frame {
         let rest = header.total_len - HEADER_LEN as u64 + 1;
         stream.take(rest).read_to_end(&mut bytes)?;
         Frame::parse(&bytes)
+    }
+
+    /// Reads a frame that is all of a memfd, whatever its file position, which is shared with whoever else has it.
+    ///
+    /// # Errors
+    /// As [`read_from`](Self::read_from).
+    pub fn read_memfd(fd: impl AsFd) -> Result<Frame, FrameError> {
+        let mut file = File::from(fd.as_fd().try_clone_to_owned()?);
+        file.seek(SeekFrom::Start(0))?;
+        Frame::read_from(file)
     }
 
     /// Takes a section out of the frame.

@@ -292,15 +292,22 @@ impl FdRegistry {
         &self,
         mut token: impl FnMut(&FdEntry, BorrowedFd<'_>) -> Result<u64, E>,
     ) -> Result<Vec<u8>, E> {
+        self.encode_some(|entry, fd| token(entry, fd).map(Some))
+    }
+
+    /// As [`encode`](Self::encode), without the entries for which `token` answers `None`: what stays with the source.
+    ///
+    /// # Errors
+    /// As [`encode`](Self::encode).
+    pub fn encode_some<E>(
+        &self,
+        mut token: impl FnMut(&FdEntry, BorrowedFd<'_>) -> Result<Option<u64>, E>,
+    ) -> Result<Vec<u8>, E> {
         let mut wire = Vec::new();
         self.walk_fd(|entry, fd| {
-            wire.push(WireEntry {
-                name: entry.name.clone(),
-                id: entry.id,
-                kind: entry.kind,
-                policy: entry.policy,
-                token: token(entry, fd)?,
-            });
+            let Some(token) = token(entry, fd)? else { return Ok(()) };
+            let FdEntry { name, id, kind, policy } = entry.clone();
+            wire.push(WireEntry { name, id, kind, policy, token });
             Ok(())
         })?;
         Ok(crate::frame::to_body(&wire))

@@ -14,6 +14,7 @@
 //! The source waits for its doorbell, an eventfd, because it has a loop; the target waits for the word itself (a futex),
 //! because every microsecond of that wait is the guest's.
 
+use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
@@ -174,6 +175,9 @@ pub enum NoState {
     /// The source is silent.
     #[error("the source did not give the state within {0:?}")]
     Late(Duration),
+    /// The source is gone.
+    #[error("the source ended before it gave the state")]
+    Gone,
     /// A kernel object of the rendezvous failed.
     #[error("cannot wait for the state: {0}")]
     Io(#[from] std::io::Error),
@@ -184,6 +188,7 @@ pub struct LiveMain {
     control: Control,
     doorbell: Arc<EventFd>,
     patience: Duration,
+    watched: Option<Arc<OwnedFd>>,
     inner: Box<dyn MainSource>,
 }
 
@@ -198,7 +203,14 @@ impl LiveMain {
         patience: Duration,
         inner: Box<dyn MainSource>,
     ) -> LiveMain {
-        LiveMain { control, doorbell, patience, inner }
+        LiveMain { control, doorbell, patience, watched: None, inner }
+    }
+
+    /// Has the wait end when `source` becomes readable, as the pidfd of a source that was killed does.
+    #[must_use]
+    pub fn watching(mut self, source: Arc<OwnedFd>) -> LiveMain {
+        self.watched = Some(source);
+        self
     }
 
     fn await_state(&self) -> Result<(), NoState> {
@@ -213,10 +225,18 @@ impl LiveMain {
             if Instant::now() >= deadline {
                 return Err(NoState::Late(self.patience));
             }
+            // What it published before its end counts.
+            if self.is_source_gone()? && !rendezvous.is_published() {
+                return Err(NoState::Gone);
+            }
             rendezvous.offer.wait(NOTHING_YET, LOOK_AGAIN)?;
         }
         rendezvous.enter(TargetPhase::Loading);
         Ok(())
+    }
+
+    fn is_source_gone(&self) -> std::io::Result<bool> {
+        self.watched.as_ref().map_or(Ok(false), oslib::stream::is_readable)
     }
 }
 
@@ -269,6 +289,18 @@ mod tests {
         control.ownership().roll_back().unwrap();
         let (mut main, _) = live(&control, Duration::from_secs(30));
         assert_eq!(main.read_main().unwrap_err().to_string(), "the source took the guest back");
+    }
+
+    #[test]
+    fn a_source_that_is_gone_ends_the_wait() {
+        let control = Control::create(5).unwrap();
+        let (ours, theirs) = std::os::unix::net::UnixStream::pair().unwrap();
+        let (main, _) = live(&control, Duration::from_secs(30));
+        let mut main = main.watching(Arc::new(ours.into()));
+        drop(theirs);
+        assert_eq!(main.read_main().unwrap_err().to_string(), NoState::Gone.to_string());
+        control.rendezvous().publish_state();
+        assert_eq!(main.read_main().unwrap_err().to_string(), "read");
     }
 
     #[test]

@@ -6,7 +6,7 @@
 use std::ffi::OsString;
 use std::fs::{File, OpenOptions};
 use std::io::{self, Seek, SeekFrom, Write};
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::OwnedFd;
 use std::os::unix::ffi::OsStringExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -194,21 +194,6 @@ fn write_at(file: &mut File, offset: u64, bytes: &[u8]) -> io::Result<()> {
     file.write_all(bytes)
 }
 
-/// A memfd with this content that nobody can change any more.
-pub(crate) fn sealed_memfd(name: &str, content: &[u8]) -> io::Result<OwnedFd> {
-    let mut file = File::from(oslib::memfd::Memfd::new(name).create()?);
-    file.write_all(content)?;
-    oslib::memfd::seal_write(file.as_fd())?;
-    Ok(file.into())
-}
-
-/// Reads a whole frame from a memfd, from its start and whatever its file position, which is shared with others.
-pub(crate) fn read_memfd(fd: impl AsFd) -> Result<Frame, BoxError> {
-    let mut file = File::from(fd.as_fd().try_clone_to_owned()?);
-    file.seek(SeekFrom::Start(0))?;
-    Ok(Frame::read_from(file)?)
-}
-
 /// The reading end of a main channel.
 pub(crate) struct ChannelSource {
     pub(crate) channel: MainChannel,
@@ -219,7 +204,7 @@ impl MainSource for ChannelSource {
     fn read_main(&mut self) -> Result<Frame, BoxError> {
         match &self.channel {
             MainChannel::File { path, offset } => Ok(read_file(path, *offset)?),
-            MainChannel::Memfd => read_memfd(self.memfd.as_ref().ok_or(ChannelError::NoMemfd)?),
+            MainChannel::Memfd => Ok(Frame::read_memfd(self.memfd.as_ref().ok_or(ChannelError::NoMemfd)?)?),
         }
     }
 }

@@ -6,7 +6,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use cpr_core::error::BoxError;
-use cpr_core::frame::FrameWriter;
+use cpr_core::frame::{FrameWriter, sealed_memfd};
 use cpr_core::ownership::Owner;
 use cpr_core::{
     Attempt, Control, Course, CprMode, FdKind, FdPolicy, FdRegistry, HandOver, Introduced, ModeId, Prepared,
@@ -18,7 +18,7 @@ use oslib::keeper::Keeper;
 use oslib::pidfd::PidFd;
 use oslib::signals::{self, SignalMask};
 
-use crate::channel::{MainChannel, OpenChannel, sealed_memfd};
+use crate::channel::{MainChannel, OpenChannel};
 use crate::fallback::{LastWords, SIGABRT, with_words};
 use crate::{FallbackWire, MODE, PROPERTIES, ProcessSection, environment, names};
 

@@ -6,11 +6,12 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use cpr_core::error::BoxError;
+use cpr_core::frame::Frame;
 use cpr_core::{Arrival, Control, FdRegistry, LiveMain, MainSource, TargetPhase};
 use oslib::eventfd::EventFd;
 use oslib::signals::SignalMask;
 
-use crate::channel::{ChannelSource, MainChannel, read_memfd};
+use crate::channel::{ChannelSource, MainChannel};
 use crate::cleanup::KeeperEnd;
 use crate::environment::{EnvironmentError, take_state_variable};
 use crate::fallback::{self, LastWords, with_words};
@@ -110,7 +111,7 @@ pub fn receive() -> Result<Option<ExecArrival>, ReceiveError> {
 }
 
 fn take_over(state: OwnedFd) -> Result<ExecArrival, BoxError> {
-    let mut early = read_memfd(&state)?;
+    let mut early = Frame::read_memfd(&state)?;
     let process: ProcessSection = early.require(names::PROCESS_SECTION, 0)?.decode(1)?;
     let registry = FdRegistry::decode(&early.require(names::REGISTRY_SECTION, 0)?, |_, token| {
         Ok(oslib::inherited::take(i32::try_from(token)?)?)

@@ -10,7 +10,7 @@
 //! | for | module |
 //! |---|---|
 //! | descriptors across exec | [`cloexec`], [`inherited`], [`exec`], [`environment`] |
-//! | memory with a descriptor | [`memfd`], [`mod@shared`], [`mapping`] |
+//! | memory with a descriptor | [`memfd`], [`mod@shared`], [`mapping`], [`populate`](mod@populate) |
 //! | descriptors across processes | [`scm`], [`uds`] |
 //! | processes | [`pidfd`], [`process`], [`keeper`] |
 //! | wake-ups, signals, time, terminals | [`eventfd`], [`signals`], [`clock`], [`term`], [`stream`] |
@@ -31,6 +31,7 @@ pub mod keeper;
 pub mod mapping;
 pub mod memfd;
 pub mod pidfd;
+pub mod populate;
 pub mod process;
 pub mod scm;
 pub mod shared;

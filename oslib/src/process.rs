@@ -69,6 +69,11 @@ pub fn schedule_normally(pid: u32) -> io::Result<()> {
     Ok(())
 }
 
+/// The user id that this process acts as.
+pub fn effective_uid() -> u32 {
+    nix::unistd::geteuid().as_raw()
+}
+
 /// The name of this process, at most 15 bytes: what ps(1) calls its command.
 ///
 /// # Errors

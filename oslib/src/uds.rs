@@ -1,4 +1,4 @@
-//! Listening on a unix socket path, without taking it from somebody who still does.
+//! Unix socket paths: listening on one without taking it from somebody who still does, and connecting without waiting.
 //!
 //! [`bind`] replaces a socket that a dead process left behind, and nothing else: a path whose listener lives, that is no
 //! socket, or about which it cannot tell, is refused by name. Whether a listener lives is asked by connecting (unix(7)),
@@ -7,14 +7,17 @@
 
 use std::fs::{self, File, Permissions};
 use std::io;
-use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::os::unix::fs::{FileTypeExt, PermissionsExt};
-use std::os::unix::net::UnixListener;
+use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
-use nix::sys::socket::{AddressFamily, Backlog, SockFlag, SockType, UnixAddr, connect, listen, socket};
+use nix::sys::socket::sockopt::{self, AcceptConn, PeerCredentials};
+use nix::sys::socket::{
+    AddressFamily, Backlog, SockFlag, SockType, UnixAddr, connect, getsockname, getsockopt, listen, socket,
+};
 use nix::sys::stat::{Mode, fchmod};
 
 /// How long another process may take to bind in the same directory.
@@ -112,6 +115,36 @@ fn stream_socket(flags: SockFlag) -> io::Result<OwnedFd> {
     Ok(socket(AddressFamily::Unix, SockType::Stream, flags, None)?)
 }
 
+/// Connects to the listener at `path` without waiting for it to accept; blocking from then on, close-on-exec.
+///
+/// # Errors
+/// `ConnectionRefused` if nobody listens there any more, `NotFound` if nobody ever did, `WouldBlock` if its queue of
+/// connections is full.
+pub fn connect_now(path: impl AsRef<Path>) -> io::Result<UnixStream> {
+    let address = UnixAddr::new(path.as_ref())?;
+    let socket = stream_socket(SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK)?;
+    connect(socket.as_raw_fd(), &address)?;
+    let stream = UnixStream::from(socket);
+    stream.set_nonblocking(false)?;
+    Ok(stream)
+}
+
+/// The user id of the process that connected, or that listened: `SO_PEERCRED` of unix(7).
+///
+/// # Errors
+/// It is no connected unix socket.
+pub fn peer_uid(socket: impl AsFd) -> io::Result<u32> {
+    Ok(getsockopt(&socket.as_fd(), PeerCredentials)?.uid())
+}
+
+/// Whether this is a unix stream socket that listens.
+pub fn is_listening(socket: impl AsFd) -> bool {
+    let socket = socket.as_fd();
+    getsockopt(&socket, sockopt::SockType).is_ok_and(|kind| kind == SockType::Stream)
+        && getsockopt(&socket, AcceptConn).unwrap_or(false)
+        && getsockname::<UnixAddr>(socket.as_raw_fd()).is_ok()
+}
+
 fn lock_directory_of(path: &Path) -> io::Result<File> {
     let directory = match path.parent() {
         Some(parent) if !parent.as_os_str().is_empty() => parent,
@@ -138,7 +171,7 @@ mod tests {
     use super::*;
     use std::io::Write;
     use std::os::unix::fs::MetadataExt;
-    use std::os::unix::net::{UnixDatagram, UnixStream};
+    use std::os::unix::net::UnixDatagram;
 
     #[test]
     fn a_free_path_is_bound_with_its_mode() {
@@ -146,9 +179,11 @@ mod tests {
         for mode in [0o600, 0o660, 0o777] {
             let path = dir.path().join(format!("{mode:o}"));
             let listener = bind(&path, mode).unwrap();
+            assert!(is_listening(&listener) && !is_listening(fs::File::open("/dev/null").unwrap()));
             assert!(crate::cloexec::is_set(&listener).unwrap());
             assert_eq!(fs::metadata(&path).unwrap().mode() & 0o777, mode);
             let mut client = UnixStream::connect(&path).unwrap();
+            assert!(!is_listening(&client));
             client.write_all(b"x").unwrap();
             listener.accept().unwrap();
         }
@@ -175,6 +210,21 @@ mod tests {
         UnixStream::connect(&path).unwrap();
         drop(listener);
         bind(&path, 0o600).unwrap();
+    }
+
+    #[test]
+    fn connecting_never_waits() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("connect");
+        assert_eq!(connect_now(&path).unwrap_err().kind(), io::ErrorKind::NotFound);
+        let socket = stream_socket(SockFlag::SOCK_CLOEXEC).unwrap();
+        nix::sys::socket::bind(socket.as_raw_fd(), &UnixAddr::new(&path).unwrap()).unwrap();
+        listen(&socket, Backlog::new(0).unwrap()).unwrap();
+        let waiting = connect_now(&path).unwrap();
+        assert_eq!(peer_uid(&waiting).unwrap(), crate::process::effective_uid());
+        assert_eq!(connect_now(&path).unwrap_err().kind(), io::ErrorKind::WouldBlock);
+        drop(socket);
+        assert_eq!(connect_now(&path).unwrap_err().kind(), io::ErrorKind::ConnectionRefused);
     }
 
     #[test]

@@ -75,11 +75,29 @@ impl Meter {
         let command = vmm.exec_command(&uri);
         vmm.set_exec(&command)?;
 
+        self.measure(guest, vmm, |vmm| vmm.migrate(&uri))
+    }
+
+    /// The same by a transfer to `target`, which has the guest afterwards.
+    ///
+    /// # Errors
+    /// As [`update`](Self::update).
+    pub fn transfer(&self, source: &mut Vmm, target: &mut Vmm, guest: &Guest) -> anyhow::Result<Update> {
+        guest.run(Command::Touch { offset: 0, bytes: self.populated_bytes })?;
+        self.measure(guest, source, |source| source.transfer(target))
+    }
+
+    fn measure(
+        &self,
+        guest: &Guest,
+        vmm: &mut Vmm,
+        update: impl FnOnce(&mut Vmm) -> anyhow::Result<Value>,
+    ) -> anyhow::Result<Update> {
         let mut report = Value::Null;
         let mut took = Duration::ZERO;
         let gap = self.gap(guest, || {
             let begin = Instant::now();
-            report = vmm.migrate(&uri)?;
+            report = update(vmm)?;
             took = begin.elapsed();
             Ok(())
         })?;

@@ -45,6 +45,8 @@ pub struct VmmBuilder {
     cpus: u8,
     memory_args: Option<Vec<String>>,
     extra: Vec<String>,
+    /// Options that are no part of the machine.
+    incoming: Vec<String>,
     wrapper: Vec<String>,
     wrapper_forks: bool,
     only: Option<Vec<String>>,
@@ -67,6 +69,7 @@ impl VmmBuilder {
             cpus: 1,
             memory_args: None,
             extra: Vec::new(),
+            incoming: Vec::new(),
             wrapper: Vec::new(),
             wrapper_forks: false,
             only: None,
@@ -100,6 +103,14 @@ impl VmmBuilder {
     #[must_use]
     pub fn args(mut self, args: &[&str]) -> Self {
         self.extra.extend(args.iter().map(ToString::to_string));
+        self
+    }
+
+    /// Makes it a target of cpr-transfer that waits at `cpr.sock` in its folder, with this main channel.
+    #[must_use]
+    pub fn target(mut self, main: &str) -> Self {
+        let cpr = format!("cpr,addr.transport=socket,addr.type=unix,addr.path={CPR_SOCKET}");
+        self.incoming = ["-incoming", main, "-incoming", &cpr].map(String::from).to_vec();
         self
     }
 
@@ -179,7 +190,7 @@ impl VmmBuilder {
         let mut words: Vec<OsString> = self.wrapper.iter().map(OsString::from).collect();
         let program = self.binary.clone().unwrap_or_else(binary);
         words.push(program.clone().into());
-        words.extend(args.iter().map(OsString::from));
+        words.extend(args.iter().chain(&self.incoming).map(OsString::from));
         let (stdin, stdout): (Stdio, Stdio) = match &self.stdio {
             Some([input, output]) => (input.try_clone()?.into(), output.try_clone()?.into()),
             None => (Stdio::null(), File::create(dir.path().join("stdout"))?.into()),
@@ -221,6 +232,9 @@ impl VmmBuilder {
         Ok(vmm)
     }
 }
+
+/// Where a target of cpr-transfer waits, in its folder.
+const CPR_SOCKET: &str = "cpr.sock";
 
 /// signal(7).
 const SIGKILL: i32 = 9;
@@ -357,6 +371,52 @@ impl Vmm {
             // Asked without a pause, it would spend the CPU that the update needs.
             std::thread::sleep(Duration::from_micros(500));
         }
+    }
+
+    /// Where it waits for a source, as a [target](VmmBuilder::target).
+    pub fn cpr_socket(&self) -> PathBuf {
+        self.path(CPR_SOCKET)
+    }
+
+    /// The arguments of a `migrate` to that target.
+    pub fn channels_to(target: &Path) -> Value {
+        let socket = |path: &Path| json!({ "transport": "socket", "type": "unix", "path": path });
+        json!({ "channels": [
+            { "channel-type": "main", "addr": socket(&target.with_file_name("main.sock")) },
+            { "channel-type": "cpr", "addr": socket(target) },
+        ] })
+    }
+
+    /// Begins to transfer to `target`, without waiting.
+    ///
+    /// # Errors
+    /// QMP refuses.
+    pub fn begin_transfer(&mut self, target: &Path) -> anyhow::Result<()> {
+        self.qmp().execute("migrate-set-parameters", json!({ "mode": "cpr-transfer" }))?;
+        self.qmp().execute("migrate", Vmm::channels_to(target)).map(drop)
+    }
+
+    /// Transfers to `target`, waits until it has the guest, and gives its `query-migrate`.
+    ///
+    /// # Errors
+    /// The update fails.
+    pub fn transfer(&mut self, target: &mut Vmm) -> anyhow::Result<Value> {
+        self.begin_transfer(&target.cpr_socket())?;
+        let deadline = Instant::now() + PATIENCE;
+        loop {
+            // The source: a target that takes over answers when it is done.
+            let ours = self.qmp().execute("query-migrate", json!({}))?;
+            match ours["status"].as_str() {
+                Some("completed") => break,
+                Some("failed" | "cancelled") => bail!("the transfer failed: {}", ours["error-desc"]),
+                _ => ensure!(Instant::now() < deadline, "the transfer does not end: {ours}"),
+            }
+            std::thread::sleep(Duration::from_micros(500));
+        }
+        crate::wait_for("the report of the transfer", PATIENCE, || {
+            let info = target.qmp().execute("query-migrate", json!({})).ok()?;
+            (info["status"] == "completed" && is_over(&info)).then_some(info)
+        })
     }
 
     fn generation(&mut self) -> anyhow::Result<u64> {

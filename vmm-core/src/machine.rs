@@ -137,6 +137,24 @@ impl Machine {
         self.vcpus.ready_with(made)
     }
 
+    /// Maps the RAM that exists already, for this process and, where KVM can, for the guest: see
+    /// [`GuestRam::populate_existing`]. For a target that is built ahead of its state.
+    ///
+    /// # Errors
+    /// The kernel's answer. The machine works all the same, and maps pages as the guest asks for them.
+    pub fn populate(&self, go_on: &mut dyn FnMut() -> bool) -> Result<(), MachineError> {
+        let populated = self.ram.populate_existing(go_on)?;
+        if self.caps.pre_fault_memory {
+            for range in populated {
+                if !go_on() {
+                    break;
+                }
+                self.vcpus.on_one(0, |cpu| Ok(cpu.vcpu.pre_fault(range)?))?;
+            }
+        }
+        Ok(())
+    }
+
     /// Prepares a cold start: gives the vCPUs the host's CPUID, and the first one its first instruction. `entry`
     /// changes the registers as KVM resets them. The other vCPUs wait for the guest to start them.
     ///

@@ -7,6 +7,7 @@
 
 use std::fs::{File, OpenOptions};
 use std::io;
+use std::ops::Range;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -24,6 +25,8 @@ pub const LOW_RAM_END: u64 = 0xc000_0000;
 pub const HIGH_RAM_START: u64 = 0x1_0000_0000;
 /// RAM comes in whole pages.
 const PAGE_LEN: u64 = 4096;
+/// How much is mapped ahead at a time, in bytes: some ten milliseconds of work.
+pub const POPULATE_PIECE: u64 = 64 << 20;
 
 /// What backs guest RAM, in the terms of QEMU's `-object memory-backend-*`.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -169,6 +172,9 @@ pub enum MemoryError {
         #[source]
         source: io::Error,
     },
+    /// The page tables could not be filled.
+    #[error("guest RAM cannot be mapped ahead: {0}")]
+    Populate(#[source] io::Error),
     /// The memory could not be mapped.
     #[error("memory backend {id}: cannot map it")]
     Map {
@@ -368,6 +374,45 @@ impl GuestRam {
         Ok(Self { memory, regions: regions.into() })
     }
 
+    /// Maps every page that the memory has into this process, and none that it does not have yet: a hole would be allocated
+    /// by that. For a process that is about to take over a guest, which would otherwise wait for each page once more.
+    /// `go_on` is asked about every [`POPULATE_PIECE`] bytes, and ends it by `false`.
+    ///
+    /// Returns what was mapped, in guest-physical addresses. Memory that is private, or of huge pages, is left out: the one
+    /// would be copied, and of the other the kernel does not tell what is there.
+    ///
+    /// # Errors
+    /// [`MemoryError::Populate`]. Pages may be mapped by then, which does no harm.
+    pub fn populate_existing(&self, go_on: &mut dyn FnMut() -> bool) -> Result<Vec<Range<u64>>, MemoryError> {
+        let mut populated = Vec::new();
+        for (region, mapping) in self.regions.iter().zip(self.memory.iter()) {
+            let Some(file) = mapping.file_offset().filter(|_| mapping.flags() & libc::MAP_SHARED != 0) else {
+                continue;
+            };
+            if file.file().metadata().map_err(MemoryError::Populate)?.blksize() > PAGE_LEN {
+                continue;
+            }
+            for extent in memfd::extents(file.file()).map_err(MemoryError::Populate)? {
+                let start = extent.start.max(region.file_offset) / PAGE_LEN * PAGE_LEN;
+                let end = extent.end.min(region.file_offset + region.len).next_multiple_of(PAGE_LEN);
+                let mut at = start;
+                while at < end {
+                    if !go_on() {
+                        return Ok(populated);
+                    }
+                    let piece = at..end.min(at + POPULATE_PIECE);
+                    let host = |offset: u64| (region.host_addr + offset - region.file_offset) as usize;
+                    oslib::populate::populate(host(piece.start)..host(piece.end))
+                        .map_err(MemoryError::Populate)?;
+                    let gpa = |offset: u64| region.gpa + offset - region.file_offset;
+                    populated.push(gpa(piece.start)..gpa(piece.end));
+                    at = piece.end;
+                }
+            }
+        }
+        Ok(populated)
+    }
+
     /// Makes all of it read as zeros again, as after creation. The vCPUs must be paused.
     ///
     /// # Errors
@@ -496,6 +541,34 @@ mod tests {
         assert_eq!(ram.len(), 8192 * MIB);
         assert_eq!(ram.memory().num_regions(), 2);
         assert_eq!(backend.fd().unwrap().metadata().unwrap().blocks(), 0);
+    }
+
+    #[test]
+    fn what_exists_is_mapped_ahead_and_holes_stay_holes() {
+        let backend = Backend::create(config(16 * MIB, memfd_kind())).unwrap();
+        let file = backend.fd().unwrap();
+        let before = GuestRam::map(&backend).unwrap();
+        for at in [0, 5 * MIB, 5 * MIB + PAGE_LEN, 16 * MIB - PAGE_LEN] {
+            before.memory().write_obj(7u8, GuestAddress(at)).unwrap();
+        }
+        let blocks = file.metadata().unwrap().blocks();
+        let ram = GuestRam::map(&backend).unwrap();
+        let mapped = ram.populate_existing(&mut || true).unwrap();
+        let extents = [0..PAGE_LEN, 5 * MIB..5 * MIB + 2 * PAGE_LEN, 16 * MIB - PAGE_LEN..16 * MIB];
+        assert_eq!(mapped, extents);
+        assert_eq!(file.metadata().unwrap().blocks(), blocks, "no hole was allocated");
+        assert_eq!(ram.memory().read_obj::<u8>(GuestAddress(5 * MIB)).unwrap(), 7);
+        assert!(ram.populate_existing(&mut || false).unwrap().is_empty());
+    }
+
+    #[test]
+    fn private_memory_is_not_mapped_ahead() {
+        for kind in [BackendKind::Memfd { share: false, hugetlb: None }, BackendKind::Ram { share: false }] {
+            let backend = Backend::create(config(MIB, kind)).unwrap();
+            let ram = GuestRam::map(&backend).unwrap();
+            ram.memory().write_obj(7u8, GuestAddress(0)).unwrap();
+            assert!(ram.populate_existing(&mut || true).unwrap().is_empty());
+        }
     }
 
     #[test]

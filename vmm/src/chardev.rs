@@ -31,7 +31,8 @@ const LISTENER: u64 = 0;
 /// Registry id of a chardev's connection.
 const CONNECTION: u64 = 1;
 
-fn registry_name(identity: &str) -> String {
+/// The registry name of a chardev's descriptors.
+pub(crate) fn registry_name(identity: &str) -> String {
     format!("chardev/{identity}")
 }
 
@@ -53,6 +54,11 @@ pub fn identity(config: &ChardevConfig) -> io::Result<String> {
     })
 }
 
+/// Whether it can go with a guest that moves to another process. Standard streams are each process's own.
+pub fn travels(config: &ChardevConfig) -> bool {
+    matches!(config.backend, ChardevBackend::Socket { .. } | ChardevBackend::File { .. })
+}
+
 /// What bytes are written to.
 #[derive(Debug, Default)]
 enum Sink {
@@ -72,6 +78,8 @@ struct OutputState {
     sink: Sink,
     pending: VecDeque<u8>,
     dropped: u64,
+    /// Nothing is sent now: what is pending was saved, and may be another program's to send.
+    held: bool,
 }
 
 impl OutputState {
@@ -91,7 +99,7 @@ impl OutputState {
 
     /// Sends as much as goes without blocking. An error means that the peer is gone, which reading will notice.
     fn flush(&mut self) {
-        while !self.pending.is_empty() {
+        while !self.pending.is_empty() && !self.held {
             let (chunk, _) = self.pending.as_slices();
             let sent = match &self.sink {
                 Sink::Nobody => Ok(chunk.len()),
@@ -149,6 +157,19 @@ impl Output {
         self.lock().pending.clear();
     }
 
+    /// Sends nothing until told otherwise; gives what is pending then.
+    pub fn hold(&self) -> Vec<u8> {
+        self.lock().held = true;
+        self.pending()
+    }
+
+    /// Sends again.
+    pub fn release(&self) {
+        let mut state = self.lock();
+        state.held = false;
+        state.flush();
+    }
+
     /// Sends `bytes` before everything that is pending.
     pub fn write_first(&self, bytes: &[u8]) {
         let mut state = self.lock();
@@ -158,7 +179,7 @@ impl Output {
     }
 
     fn connect(&self, sink: Sink, pending: Vec<u8>) {
-        *self.lock() = OutputState { sink, pending: pending.into(), dropped: 0 };
+        *self.lock() = OutputState { sink, pending: pending.into(), ..OutputState::default() };
     }
 }
 
@@ -263,6 +284,22 @@ impl Chardev {
         Ok(Chardev { id, identity, kind, output })
     }
 
+    /// Stands for a chardev that is opened when the guest arrives, because its descriptors may come with it.
+    ///
+    /// # Errors
+    /// As [`identity`].
+    pub fn awaited(config: &ChardevConfig) -> io::Result<Chardev> {
+        let identity = identity(config)?;
+        Ok(Chardev { id: config.id.clone(), identity, kind: Kind::Null, output: Output::default() })
+    }
+
+    /// Lets go of everything: another program has it now. Its path stays, as that of the other program.
+    pub fn let_go(&mut self) {
+        self.release_terminal();
+        self.output.connect(Sink::Nobody, Vec::new());
+        self.kind = Kind::Null;
+    }
+
     /// The id.
     pub fn id(&self) -> &str {
         &self.id
@@ -335,7 +372,7 @@ impl Chardev {
             Kind::File => {}
         }
         let output = self.output.lock();
-        if !output.pending.is_empty() {
+        if !output.pending.is_empty() && !output.held {
             match &output.sink {
                 Sink::Socket(fd) => interests.push(Interest::write(fd, Token::Peer(at))),
                 Sink::Blocking(fd) | Sink::File(fd) => interests.push(Interest::write(fd, Token::Output(at))),
@@ -418,7 +455,7 @@ impl Chardev {
 
     /// Gives the terminal back as it was found, and removes the socket path. For the orderly end of the program.
     pub fn close(&mut self) {
-        self.flush();
+        self.output.release();
         self.release_terminal();
         if let Kind::Socket { path, listener: Some(_), .. } = &self.kind {
             let _ = std::fs::remove_file(path);

@@ -30,6 +30,8 @@ pub enum Token {
     Keeper,
     /// The update under way can go on.
     Update,
+    /// The program that this one waits for, or waits for the end of, has news.
+    Incoming,
 }
 
 /// A descriptor that is ready.

@@ -3,6 +3,7 @@
 #![cfg(feature = "fuzzing")]
 
 pub mod app;
+pub mod arriving;
 pub mod chardev;
 pub mod cli;
 pub mod errors;

@@ -4,6 +4,7 @@
 //! command line, QMP and HMP. `docs/architecture.md` tells where things are.
 
 pub mod app;
+pub mod arriving;
 pub mod chardev;
 pub mod cli;
 pub mod errors;

@@ -5,10 +5,12 @@ use std::time::Duration;
 
 use cpr_core::{BlockReason, Control, CprMode, ModeInfo, Report};
 use cpr_exec::{CprExec, MainChannel};
+use cpr_transfer::{CprTransfer, Endpoint};
 use oslib::signals::SignalMask;
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value, json};
 
+use crate::arriving::check_transfer_channel;
 use crate::monitor::command::{Capability, CapabilityState, MigrationParameters};
 use crate::monitor::{Channel, QmpError};
 
@@ -18,7 +20,7 @@ pub enum Status {
     /// No update was asked for.
     #[default]
     None,
-    /// Accepted; the guest runs.
+    /// Accepted, or waited for; the guest runs.
     Setup,
     /// The guest is being stopped.
     Active,
@@ -79,7 +81,7 @@ const NORMAL: &str = "normal";
 
 /// The modes that this program was built with, as `migrate_set_parameter mode` takes them.
 pub fn mode_names() -> Vec<String> {
-    vec![cpr_exec::MODE.to_string()]
+    vec![cpr_exec::MODE.to_string(), cpr_transfer::MODE.to_string()]
 }
 
 impl Settings {
@@ -140,30 +142,44 @@ impl Settings {
 
     /// The mode as subscribers and blockers see it, if it is one that updates.
     pub fn mode_info(&self) -> Option<ModeInfo> {
-        (self.mode == cpr_exec::MODE.as_str()).then(cpr_exec::mode_info)
+        [cpr_exec::mode_info(), cpr_transfer::mode_info()]
+            .into_iter()
+            .find(|info| info.id.as_str() == self.mode)
     }
 
-    /// An attempt in the mode that is set, with the main frame in `channel`.
+    /// An attempt in the mode that is set.
     ///
     /// # Errors
-    /// The mode is none that updates.
-    pub fn attempt(&self, channel: Channel, original_mask: SignalMask) -> Result<Box<dyn CprMode>, QmpError> {
-        if self.mode != cpr_exec::MODE.as_str() {
-            return Err(QmpError::generic(format!(
-                "mode '{}' is not available; set one first (migrate_set_parameter mode {})",
-                self.mode,
+    /// The mode is none that updates, or has other channels.
+    pub fn attempt(&self, request: Request) -> Result<Box<dyn CprMode>, QmpError> {
+        let Request { main, cpr, original_mask, stays } = request;
+        match (self.mode.as_str(), cpr) {
+            (mode, None) if mode == cpr_exec::MODE.as_str() => {
+                let command = self.cpr_exec_command.iter().map(OsString::from).collect();
+                let limit = |ms: u64| (ms > 0).then(|| Duration::from_millis(ms));
+                let own_command = own_command(std::env::args_os(), &main);
+                let exec = CprExec::new(command, exec_channel(main)?)
+                    .signal_mask(original_mask)
+                    .keeper(self.keeper)
+                    .time_limits(limit(self.cpr_exec_timeout), limit(self.cpr_defer_timeout))
+                    .fallback(own_command);
+                Ok(Box::new(exec))
+            }
+            (mode, Some(_)) if mode == cpr_exec::MODE.as_str() => {
+                Err(QmpError::generic("mode cpr-exec has no 'cpr' migration channel"))
+            }
+            (mode, Some(cpr)) if mode == cpr_transfer::MODE.as_str() => {
+                check_transfer_channel(&main)?;
+                Ok(Box::new(CprTransfer::new(cpr).leaving(stays)))
+            }
+            (mode, None) if mode == cpr_transfer::MODE.as_str() => {
+                Err(QmpError::generic("missing 'cpr' migration channel"))
+            }
+            (mode, _) => Err(QmpError::generic(format!(
+                "mode '{mode}' is not available; set one first (migrate_set_parameter mode {})",
                 mode_names().join("|")
-            )));
+            ))),
         }
-        let command = self.cpr_exec_command.iter().map(OsString::from).collect();
-        let limit = |ms: u64| (ms > 0).then(|| Duration::from_millis(ms));
-        let own_command = own_command(std::env::args_os(), &channel);
-        let exec = CprExec::new(command, main_channel(channel))
-            .signal_mask(original_mask)
-            .keeper(self.keeper)
-            .time_limits(limit(self.cpr_exec_timeout), limit(self.cpr_defer_timeout))
-            .fallback(own_command);
-        Ok(Box::new(exec))
     }
 }
 
@@ -184,17 +200,37 @@ fn own_command(args: impl IntoIterator<Item = OsString>, channel: &Channel) -> V
             let path = std::path::absolute(path).unwrap_or_else(|_| path.clone());
             Channel::File { path, offset: *offset }
         }
-        Channel::Memfd => Channel::Memfd,
+        other => other.clone(),
     };
     command.extend(["-incoming".into(), channel.to_string().into()]);
     command
 }
 
-/// The user's channel in the mode's terms.
-pub fn main_channel(channel: Channel) -> MainChannel {
+/// What the user asked for by `migrate`, and what modes need to know of the program.
+#[derive(Debug)]
+pub struct Request {
+    /// Where the state goes.
+    pub main: Channel,
+    /// Where the target is, if that is another process.
+    pub cpr: Option<Endpoint>,
+    /// The signal mask that the program was started with.
+    pub original_mask: SignalMask,
+    /// Registry names of what another process has no use for: monitors, and who is connected to them.
+    pub stays: Vec<String>,
+}
+
+/// The user's channel in the terms of cpr-exec.
+///
+/// # Errors
+/// It has none for a socket: nobody would read from it while the programs take turns.
+pub fn exec_channel(channel: Channel) -> Result<MainChannel, QmpError> {
     match channel {
-        Channel::File { path, offset } => MainChannel::File { path, offset },
-        Channel::Memfd => MainChannel::Memfd,
+        Channel::File { path, offset } => Ok(MainChannel::File { path, offset }),
+        Channel::Memfd => Ok(MainChannel::Memfd),
+        Channel::Unix { .. } => Err(QmpError::generic(format!(
+            "'{channel}': the main channel of cpr-exec is file:PATH or memfd:, as nobody reads from a socket across the \
+             exec"
+        ))),
     }
 }
 

@@ -11,47 +11,25 @@ use std::process::ExitCode;
 use std::sync::Arc;
 
 use anyhow::{Context, bail};
-use cpr_core::{FdKind, FdPolicy, FdRegistry, Incoming, Services, Stamp};
-use cpr_exec::{ExecArrival, MainChannel};
+use cpr_core::ownership::Owner;
+use cpr_core::{Control, FdKind, FdPolicy, FdRegistry, Incoming, Services, Stamp};
+use cpr_exec::ExecArrival;
+use cpr_transfer::Listener;
 use oslib::signals::{self, SignalFd, SignalMask};
 use vmm_core::boot::{self, BootRequest, Entry, KernelImage};
 use vmm_core::machine::{Machine, MachineConfig};
 use vmm_core::memory::{Backend, BackendConfig, BackendKind, GuestRam};
 use vmm_core::payload;
+use vmm_core::state::Blob;
 
 use crate::app::{self, App, BlackoutObserver, EarlyState, Exit, FrontEnd, Parts, RunState, User};
-use crate::chardev::{self, Chardev};
+use crate::arriving::{Arriving, ExecRest, Predecessor};
+use crate::chardev::{self, Chardev, Output};
 use crate::cli::config::{self, Config, MemoryBackend, MonitorKind};
 use crate::cli::{self, Invocation};
+use crate::monitor::SocketAddress;
 use crate::monitor::mux::Mux;
 use crate::{errors, trace};
-
-/// An update that this program is the target of, until the guest is taken over.
-pub struct Arriving {
-    pub(crate) exec: ExecRest,
-    pub(crate) incoming: Incoming,
-    /// Where the source wrote the main frame.
-    pub(crate) main: MainChannel,
-}
-
-impl Arriving {
-    /// The user ends this program before it has the guest: nobody goes on with it.
-    pub fn forgo(self) {
-        let ended = self.incoming.forgo().map_err(anyhow::Error::from);
-        let told = self.exec.keeper.map_or(Ok(()), |keeper| keeper.release());
-        if let Err(error) = ended.and(told.map_err(Into::into)) {
-            tracing::warn!(%error, "the guest goes on without this program");
-        }
-    }
-}
-
-/// What remains of an [`ExecArrival`] once the core has taken its part.
-pub struct ExecRest {
-    pub(crate) keeper: Option<cpr_exec::KeeperEnd>,
-    pub(crate) source: cpr_exec::MainReader,
-    /// This is a fallback start, and the update has failed with this error.
-    pub(crate) failure: Option<String>,
-}
 
 /// Signals that end the program in good order.
 const ENDING: SignalMask = SignalMask::of(&[SIGHUP, SIGINT, SIGTERM]);
@@ -120,17 +98,26 @@ fn fall_back_on_panic() {
 fn start(config: Config, arrival: Option<ExecArrival>) -> anyhow::Result<App> {
     let (signals, original_mask) = handle_signals(arrival.as_ref())?;
     let mut services = Services::default();
-    let (arriving, early) = match arrival {
-        Some(arrival) => {
+    let mut listening = None;
+    let (arriving, early) = match (arrival, &config.incoming_cpr) {
+        (Some(arrival), cpr) => {
+            if cpr.is_some() {
+                tracing::warn!("ignoring cpr channel for migration mode cpr-exec");
+            }
             receive(&mut services, arrival).map(|(arriving, early)| (Some(arriving), Some(early)))?
         }
-        None if config.incoming.is_some() => {
+        (None, Some(cpr)) => {
+            listening = Some(listen(cpr)?);
+            (None, None)
+        }
+        (None, None) if config.incoming.is_some() => {
             bail!("-incoming: this program was not started by an update, so there is no guest to take over")
         }
-        None => (None, None),
+        (None, None) => (None, None),
     };
     let terminal = early.as_ref().and_then(EarlyState::terminal);
-    let result = build(config, services, signals, original_mask, arriving, early).and_then(|mut app| {
+    let guest = Guest { arriving, early, listening };
+    let result = build(config, services, signals, original_mask, guest).and_then(|mut app| {
         app.begin()?;
         Ok(app)
     });
@@ -143,17 +130,109 @@ fn start(config: Config, arrival: Option<ExecArrival>) -> anyhow::Result<App> {
     result
 }
 
+/// Where the guest comes from, if it is not booted.
+struct Guest {
+    arriving: Option<Arriving>,
+    early: Option<EarlyState>,
+    listening: Option<Listener>,
+}
+
+/// What the guest runs on: there from the start, or from when the guest arrives.
+pub struct Hardware {
+    pub(crate) memory: Backend,
+    pub(crate) ram: GuestRam,
+    pub(crate) machine: Machine,
+}
+
+/// Guest RAM before there is a machine around it.
+pub(crate) struct Ram {
+    memory: Backend,
+    ram: GuestRam,
+}
+
+/// Makes or adopts the guest's RAM, and maps it.
+pub(crate) fn open_ram(config: &Config, registry: &FdRegistry, arriving: bool) -> anyhow::Result<Ram> {
+    let memory = open_memory(&config.memory, registry, arriving)?;
+    let ram = GuestRam::map(&memory)?;
+    Ok(Ram { memory, ram })
+}
+
+impl Ram {
+    pub(crate) fn into_hardware(
+        self,
+        config: &Config,
+        output: Output,
+        observer: Arc<BlackoutObserver>,
+    ) -> anyhow::Result<Hardware> {
+        let machine = Machine::new(MachineConfig {
+            ram: self.ram.clone(),
+            vcpus: config.cpus.into(),
+            serial: Box::new(output),
+            observer,
+        })?;
+        Ok(Hardware { memory: self.memory, ram: self.ram, machine })
+    }
+}
+
+impl Hardware {
+    /// Does everything that the state is not needed for, while the guest runs elsewhere.
+    pub(crate) fn complete(&self, cpuid: &[Blob], control: &Control) -> anyhow::Result<()> {
+        let rendezvous = control.rendezvous();
+        rendezvous.note_progress();
+        self.machine.preset_cpuid(cpuid)?;
+        rendezvous.note_progress();
+        self.machine.ready_with(&mut || rendezvous.note_progress())?;
+        let populated = self.machine.populate(&mut || {
+            rendezvous.note_progress();
+            // A source that took the guest back waits for the end of this process.
+            control.ownership().owner() == Some(Owner::Source)
+        });
+        // Pages that are not there now come as the guest asks for them.
+        populated.or_else(|error| {
+            tracing::warn!(%error, "the guest's pages are mapped one by one");
+            Ok(())
+        })
+    }
+}
+
+/// The output of COM1's chardev.
+pub(crate) fn serial_output(config: &Config, chardevs: &[Chardev]) -> Output {
+    let serial = config.serial.as_ref().and_then(|id| chardevs.iter().find(|chardev| chardev.id() == id));
+    serial.map(|chardev| chardev.output().clone()).unwrap_or_default()
+}
+
+/// Says which process has the guest.
+pub(crate) fn write_pidfile(config: &Config) -> anyhow::Result<()> {
+    let Some(path) = &config.pidfile else { return Ok(()) };
+    std::fs::write(path, format!("{}\n", std::process::id()))
+        .with_context(|| format!("-pidfile: cannot write {}", path.display()))
+}
+
+/// Waits for a source.
+fn listen(cpr: &SocketAddress) -> anyhow::Result<Listener> {
+    match cpr {
+        SocketAddress::Unix(path) => Ok(Listener::bind(std::path::absolute(path)?)?),
+        SocketAddress::Fd(number) => {
+            let number = number
+                .parse()
+                .with_context(|| format!("-incoming: addr.str: '{number}' is no descriptor number"))?;
+            let socket = oslib::inherited::take(number)
+                .with_context(|| format!("-incoming: descriptor {number} was not passed on"))?;
+            Listener::from_fd(socket).with_context(|| format!("-incoming: descriptor {number}"))
+        }
+    }
+}
+
 fn build(
     config: Config,
     services: Services,
     signals: SignalFd,
     original_mask: SignalMask,
-    arriving: Option<Arriving>,
-    early: Option<EarlyState>,
+    Guest { arriving, early, listening }: Guest,
 ) -> anyhow::Result<App> {
-    if let Some(path) = &config.pidfile {
-        std::fs::write(path, format!("{}\n", std::process::id()))
-            .with_context(|| format!("-pidfile: cannot write {}", path.display()))?;
+    // While the guest is in another process, that is the one to be found.
+    if listening.is_none() {
+        write_pidfile(&config)?;
     }
     // The source watches that this program gets on.
     let note_progress = || {
@@ -162,8 +241,10 @@ fn build(
         }
     };
     note_progress();
-    let memory = open_memory(&config.memory, &services.registry, arriving.is_some())?;
-    let ram = GuestRam::map(&memory)?;
+    let ram = match listening {
+        None => Some(open_ram(&config, &services.registry, arriving.is_some())?),
+        Some(_) => None,
+    };
     note_progress();
     let (mut states, settings, named_fds, cpuid) = match early {
         Some(EarlyState { chardevs, settings, named_fds, cpuid }) => {
@@ -175,7 +256,7 @@ fn build(
         bail!("the guest has {} vCPUs, the command line says {}", cpuid.len(), config.cpus);
     }
     // How the update ended for a monitor that waits for it: by a program that has it, the source's or a later one.
-    let failure = arriving.as_ref().and_then(|arriving| arriving.exec.failure.clone());
+    let failure = arriving.as_ref().and_then(|arriving| arriving.failure().map(str::to_owned));
     if failure.is_some()
         && arriving.as_ref().is_some_and(|a| a.incoming.control().rendezvous().was_deferred())
     {
@@ -188,8 +269,13 @@ fn build(
         let at = states.iter().position(|(state, _)| state.identity() == identity);
         let (chardev_state, users_state) = at.map(|at| states.swap_remove(at)).unzip();
         let took_over = chardev_state.is_some();
-        let chardev = Chardev::open(chardev_config, &services.registry, chardev_state)?;
         let mut front_end = front_end(chardev_config, &config)?;
+        let chardev = if listening.is_some() && front_end.is_guests_only() && chardev::travels(chardev_config)
+        {
+            Chardev::awaited(chardev_config)?
+        } else {
+            Chardev::open(chardev_config, &services.registry, chardev_state)?
+        };
         if let Some(state) = users_state {
             front_end.restore(
                 &identity,
@@ -205,33 +291,30 @@ fn build(
         chardevs.push(chardev);
         front_ends.push(front_end);
     }
-    let serial = config.serial.as_ref().and_then(|id| chardevs.iter().find(|chardev| chardev.id() == id));
-    let output = serial.map(|chardev| chardev.output().clone()).unwrap_or_default();
     let observer = Arc::new(BlackoutObserver::default());
-    let machine = Machine::new(MachineConfig {
-        ram: ram.clone(),
-        vcpus: config.cpus.into(),
-        serial: Box::new(output),
-        observer: observer.clone(),
-    })?;
-    note_progress();
-    if let Some(arriving) = &arriving {
-        if arriving.exec.source.is_live() {
+    let hardware = match ram {
+        Some(ram) => {
+            let output = serial_output(&config, &chardevs);
+            Some(ram.into_hardware(&config, output, observer.clone())?)
+        }
+        None => None,
+    };
+    if let (Some(arriving), Some(hardware)) = (&arriving, &hardware) {
+        let control = arriving.incoming.control();
+        if arriving.is_live() {
             // The guest runs meanwhile, so everything that can be done now is.
-            machine.preset_cpuid(&cpuid)?;
-            machine.ready_with(&mut || note_progress())?;
+            hardware.complete(&cpuid, control)?;
         }
         #[cfg(feature = "fault-injection")]
         crate::fault::strike("built", failure.is_some());
-        arriving.incoming.control().timeline().stamp(Stamp::Built);
+        control.timeline().stamp(Stamp::Built);
     }
-    let run_state = if arriving.is_some() { RunState::InMigrate } else { RunState::Prelaunch };
+    let is_target = arriving.is_some() || listening.is_some();
+    let run_state = if is_target { RunState::InMigrate } else { RunState::Prelaunch };
     App::new(Parts {
         config,
         services,
-        memory,
-        ram,
-        machine,
+        hardware,
         observer,
         signals,
         original_mask,
@@ -241,6 +324,7 @@ fn build(
         named_fds,
         run_state,
         arriving,
+        listening,
     })
 }
 
@@ -261,7 +345,8 @@ fn receive(services: &mut Services, arrival: ExecArrival) -> anyhow::Result<(Arr
     let ExecArrival { arrival, main, keeper, source, failure, .. } = arrival;
     let mut incoming = Incoming::begin(services, arrival)?;
     let early = app::take_early_state(incoming.early())?;
-    Ok((Arriving { exec: ExecRest { keeper, source, failure }, incoming, main }, early))
+    let from = Predecessor::Exec { rest: ExecRest { keeper, source, failure }, main };
+    Ok((Arriving { from, incoming }, early))
 }
 
 fn open_memory(

@@ -13,7 +13,7 @@ use serde::Serialize;
 use vmm::app::{EarlyState, FrontEnd, User, find_named_fds, take_early_state};
 use vmm::chardev::Chardev;
 use vmm::cli::config::{ChardevBackend, ChardevConfig};
-use vmm::migration::Settings;
+use vmm::migration::{Request, Settings};
 use vmm::monitor::mux::Mux;
 use vmm::monitor::{Channel, hmp, qmp};
 use vmm_core::state::Blob;
@@ -195,7 +195,9 @@ fn go_on(state: EarlyState, users: Vec<User>) {
     let _ = state.terminal().map(|terminal| terminal.make_raw(true));
     let EarlyState { chardevs, settings, named_fds, cpuid: _ } = state;
     let _ = (settings.parameters(), settings.capabilities(), settings.mode_info());
-    let _ = settings.attempt(Channel::Memfd, SignalMask::EMPTY).map_err(|error| error.to_string());
+    let request =
+        Request { main: Channel::Memfd, cpr: None, original_mask: SignalMask::EMPTY, stays: Vec::new() };
+    let _ = settings.attempt(request).map_err(|error| error.to_string());
     find_named_fds(&named_fds, &FdRegistry::default());
 
     let mut users = Some(users);

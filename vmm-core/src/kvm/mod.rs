@@ -43,6 +43,8 @@ pub struct Capabilities {
     pub clock_flags: u32,
     /// `KVM_KVMCLOCK_CTRL` exists.
     pub kvmclock_ctrl: bool,
+    /// `KVM_PRE_FAULT_MEMORY` exists (Linux 6.11, where the MMU has the means).
+    pub pre_fault_memory: bool,
 }
 
 impl Capabilities {
@@ -85,6 +87,7 @@ impl Capabilities {
             tsc_deadline_timer: has(kb::KVM_CAP_TSC_DEADLINE_TIMER),
             clock_flags: value(kb::KVM_CAP_ADJUST_CLOCK).max(0) as u32,
             kvmclock_ctrl: has(kb::KVM_CAP_KVMCLOCK_CTRL),
+            pre_fault_memory: has(kb::KVM_CAP_PRE_FAULT_MEMORY),
         })
     }
 }

@@ -9,7 +9,7 @@ use std::sync::atomic::{AtomicU8, Ordering};
 
 use kvm_bindings as kb;
 use kvm_ioctls::{VcpuExit, VcpuFd};
-use vmm_sys_util::ioctl::{ioctl_with_mut_ptr, ioctl_with_ptr, ioctl_with_ref};
+use vmm_sys_util::ioctl::{ioctl_with_mut_ptr, ioctl_with_mut_ref, ioctl_with_ptr, ioctl_with_ref};
 use vmm_sys_util::{ioctl_ior_nr, ioctl_iow_nr, ioctl_iowr_nr};
 
 use super::exit::Exit;
@@ -28,6 +28,7 @@ ioctl_iow_nr!(KVM_SET_XSAVE, KVMIO, 0xa5, kb::kvm_xsave);
 ioctl_ior_nr!(KVM_GET_XSAVE, KVMIO, 0xa4, kb::kvm_xsave);
 ioctl_ior_nr!(KVM_GET_XSAVE2, KVMIO, 0xcf, kb::kvm_xsave);
 ioctl_iowr_nr!(KVM_GET_NESTED_STATE, KVMIO, 0xbe, kb::kvm_nested_state);
+ioctl_iowr_nr!(KVM_PRE_FAULT_MEMORY, KVMIO, 0xd5, kb::kvm_pre_fault_memory);
 ioctl_iow_nr!(KVM_SET_NESTED_STATE, KVMIO, 0xbf, kb::kvm_nested_state);
 
 /// One vCPU. Keeps its VM, and so the guest's memory mapping, alive.
@@ -58,6 +59,28 @@ impl Vcpu {
     /// The kernel's answer to `mmap`.
     pub fn immediate_exit(&self) -> Result<ImmediateExit, KvmError> {
         ImmediateExit::map(self.fd.as_raw_fd())
+    }
+
+    /// Has KVM map these guest-physical addresses, whole pages of RAM, before the guest asks for them. Needs
+    /// [`Capabilities::pre_fault_memory`](super::Capabilities).
+    ///
+    /// # Errors
+    /// The kernel's answer, other than `EINTR` and `EAGAIN`. Part of the range may be mapped.
+    pub fn pre_fault(&self, range: std::ops::Range<u64>) -> Result<(), KvmError> {
+        let size = range.end - range.start;
+        let mut left = kb::kvm_pre_fault_memory { gpa: range.start, size, ..Default::default() };
+        while left.size > 0 {
+            // SAFETY: the structure is the one that this call reads and updates, and outlives it; what KVM maps is RAM of
+            // its own memory slots.
+            let ret = unsafe { ioctl_with_mut_ref(&self.fd, KVM_PRE_FAULT_MEMORY(), &mut left) };
+            match zero(ret, "KVM_PRE_FAULT_MEMORY") {
+                Err(error) if !matches!(error.source.raw_os_error(), Some(libc::EINTR | libc::EAGAIN)) => {
+                    return Err(error);
+                }
+                _ => {}
+            }
+        }
+        Ok(())
     }
 
     /// Enters the guest and returns when user space is needed. A signal is an exit, not an error.

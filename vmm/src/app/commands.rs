@@ -5,7 +5,7 @@ use std::sync::Arc;
 use cpr_core::{FdKind, FdPolicy};
 use serde_json::{Value, json};
 
-use super::{App, Exit, RunState};
+use super::{App, Exit, GONE, RunState, WAITING};
 use crate::cli::config::MemoryBackend;
 use crate::errors;
 use crate::migration;
@@ -42,13 +42,16 @@ impl Backend for App {
                 Ok(Reply::empty())
             }
             Command::SystemReset => {
-                if self.parts.arriving.is_some() {
-                    return Err(QmpError::generic("Guest is waiting for an incoming migration"));
+                if self.is_waiting_for_guest() {
+                    return Err(QmpError::generic(WAITING));
+                }
+                if self.parts.run_state == RunState::PostMigrate {
+                    return Err(QmpError::generic(GONE));
                 }
                 self.reset_machine(false).map_err(failed).map(|()| Reply::empty())
             }
-            Command::Migrate { channel, detach } => {
-                self.start_update(channel)?;
+            Command::Migrate { channels, detach } => {
+                self.start_update(channels)?;
                 if detach {
                     return Ok(Reply::empty());
                 }
@@ -96,7 +99,8 @@ impl App {
     }
 
     fn query_cpus(&self) -> Value {
-        let cpus = self.parts.machine.thread_ids().unwrap_or_default().into_iter().enumerate();
+        let threads = self.hardware().and_then(|hardware| Ok(hardware.machine.thread_ids()?));
+        let cpus = threads.unwrap_or_default().into_iter().enumerate();
         cpus.map(|(index, thread)| {
             json!({
                 "cpu-index": index,
@@ -147,8 +151,9 @@ impl App {
             RunState::Prelaunch | RunState::Paused => self.run_guest().map_err(failed)?,
             RunState::InMigrate => {
                 // As QEMU: the guest runs once its state is there.
-                return Err(QmpError::generic("Guest is waiting for an incoming migration"));
+                return Err(QmpError::generic(WAITING));
             }
+            RunState::PostMigrate => return Err(QmpError::generic(GONE)),
             RunState::FinishMigrate => {
                 return Err(QmpError::generic("There's a migration process in progress"));
             }

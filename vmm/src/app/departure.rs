@@ -33,7 +33,7 @@ impl App {
 
     /// Threads end here, in good order; [`App::run_guest`] starts them anew.
     pub(super) fn end_threads(&mut self) -> anyhow::Result<()> {
-        Ok(self.parts.machine.dismiss_threads()?)
+        Ok(self.hardware()?.machine.dismiss_threads()?)
     }
 
     /// The first thing in the keeper.
@@ -42,7 +42,7 @@ impl App {
         // The old instance watches signals of the process that was left.
         self.events = EventLoop::new()?;
         if let Some(control) = self.progress.control.clone() {
-            self.parts.observer.arm_in_keeper(control, self.parts.machine.vcpu_count());
+            self.parts.observer.arm_in_keeper(control, self.parts.config.cpus.into());
         }
         Ok(())
     }
@@ -50,7 +50,7 @@ impl App {
     /// The target has the guest: this process is of no use any more.
     pub(super) fn leave_it_to_the_target(&mut self) -> ! {
         // A last close of these would take long, and peers of everything else wait for an end.
-        let slow = self.parts.machine.kvm_fds().unwrap_or_default();
+        let slow = self.hardware().and_then(|hardware| Ok(hardware.machine.kvm_fds()?)).unwrap_or_default();
         oslib::process::step_aside(slow, 0)
     }
 

@@ -65,6 +65,11 @@ impl FrontEnd {
         }
     }
 
+    /// Whether it belongs to the guest, and to no monitor.
+    pub fn is_guests_only(&self) -> bool {
+        self.mux.is_none() && matches!(self.users[..], [User::Serial(_)])
+    }
+
     fn disconnect(&mut self) {
         for user in &mut self.users {
             match user {
@@ -98,14 +103,13 @@ impl User {
 impl App {
     pub(super) fn wants_input(&self, at: usize) -> bool {
         let front_end = &self.parts.front_ends[at];
-        // What comes for the serial line before the guest is here stays where it is: monitors are read, nothing else.
-        let for_guest = front_end.mux.is_none() && matches!(front_end.users[..], [User::Serial(_)]);
-        front_end.wants_input() && !(for_guest && self.parts.arriving.is_some())
+        // What comes for the serial line while the guest is not here stays where it is: monitors are read, nothing else.
+        front_end.wants_input() && !(front_end.is_guests_only() && self.guest_is_away())
     }
 
     pub(super) fn serial_is_full(&self) -> bool {
         let mut users = self.parts.front_ends.iter().flat_map(|f| &f.users);
-        self.parts.arriving.is_none()
+        !self.guest_is_away()
             && users.any(|user| matches!(user, User::Serial(waiting) if !waiting.is_empty()))
     }
 
@@ -178,13 +182,13 @@ impl App {
     }
 
     fn process_user(&mut self, at: usize, user: usize) {
+        let is_away = self.guest_is_away();
         let slot = &mut self.parts.front_ends[at].users[user];
         match slot {
             User::Serial(waiting) => {
-                // Before the port's own state is there, input would be lost to it.
-                if !waiting.is_empty() && self.parts.arriving.is_none() {
-                    let serial = self.parts.machine.serial();
-                    let accepted = serial.enqueue(waiting.make_contiguous());
+                // Before the port's own state is there, and after it was saved, input would be lost to it.
+                if let Some(hardware) = self.parts.hardware.as_ref().filter(|_| !is_away) {
+                    let accepted = hardware.machine.serial().enqueue(waiting.make_contiguous());
                     waiting.drain(..accepted);
                 }
             }

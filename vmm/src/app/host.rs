@@ -18,12 +18,14 @@ use vmm_core::state::{Blob, MachineState};
 use super::commands::named_fd;
 use super::lifecycle::Reset;
 use super::{App, Exit, FrontEnd, RunState, User};
+use crate::arriving::{Arriving, Predecessor, check_transfer_channel};
 use crate::chardev::ChardevState;
-use crate::cli::config::{Config, MachineType};
+use crate::cli::config::{Config, Incoming, MachineType};
 use crate::errors;
-use crate::migration::{Settings, Status, main_channel};
+use crate::migration::{Settings, Status};
 use crate::monitor::mux::Mux;
 use crate::monitor::{Channel, MAX_RECEIVED_FDS, QmpError, Reply, hmp, qmp};
+use crate::startup::Hardware;
 
 /// Early section: chardevs, monitors, migration settings.
 const MONITORS: &str = "cpr-vmm/monitors";
@@ -35,6 +37,8 @@ const SERIAL: &str = "serial";
 const PLATFORM: &str = "platform";
 /// Main section: what the guest did that the outside does not know yet.
 const OUTSIDE: &str = "cpr-vmm/outside";
+/// Main section, if the guest moves to another process: input for COM1 that its FIFO had no room for.
+const SERIAL_INPUT: &str = "cpr-vmm/serial-input";
 
 /// Version 1 of [`OUTSIDE`].
 #[derive(Debug, Default, Serialize, Deserialize)]
@@ -55,6 +59,8 @@ const VCPU_LEN: usize = 24 << 10;
 pub(super) struct Loaded {
     outside: OutsideSection,
     ended: Option<GuestEnd>,
+    /// Input that COM1 has no room for yet.
+    serial_input: Vec<u8>,
 }
 
 /// Version 1 of [`MONITORS`].
@@ -188,6 +194,7 @@ pub struct Arrived {
     pub state: MachineState,
     outside: OutsideSection,
     ended: Option<GuestEnd>,
+    serial_input: Vec<u8>,
 }
 
 /// Takes what the main frame says of the guest.
@@ -212,7 +219,9 @@ pub fn read_machine(main: &mut Frame, config: &Config) -> anyhow::Result<Arrived
         platform: main.require(PLATFORM, 0)?.decode(1)?,
     };
     let outside = main.require(OUTSIDE, 0)?.decode(1)?;
-    Ok(Arrived { run_state, state, outside, ended: machine.ended })
+    let serial_input = main.take(SERIAL_INPUT, 0).map(|section| section.decode(1)).transpose()?;
+    let serial_input = serial_input.unwrap_or_default();
+    Ok(Arrived { run_state, state, outside, ended: machine.ended, serial_input })
 }
 
 /// Registry name of descriptors that came to a monitor and that no command claimed yet.
@@ -295,10 +304,15 @@ impl App {
         let mut chardevs = Vec::new();
         let serial = self.serial_chardev();
         for (at, (chardev, front_end)) in self.parts.chardevs.iter().zip(&self.parts.front_ends).enumerate() {
+            if self.moves_out && !self.travels(at) {
+                continue;
+            }
             let mut offset = 0;
             let mut users = Vec::new();
             for user in &front_end.users {
                 users.push(match user {
+                    // Read on until the guest is stopped, if the target is built meanwhile by another process.
+                    User::Serial(_) if self.moves_out => UserState::Serial(Vec::new()),
                     User::Serial(waiting) => UserState::Serial(waiting.iter().copied().collect()),
                     User::Hmp(session) => {
                         let fds = session.iter().flat_map(|s| s.received_fds());
@@ -321,14 +335,14 @@ impl App {
             chardevs,
             settings: self.parts.settings.clone(),
             named_fds: self.parts.named_fds.keys().cloned().collect(),
-            cpuid: self.parts.machine.cpuid().map(|tables| tables.to_vec()).unwrap_or_default(),
+            cpuid: self.hardware()?.machine.cpuid().map(|tables| tables.to_vec()).unwrap_or_default(),
         })
     }
 
     fn save_sections(&mut self, main: &mut FrameWriter) -> anyhow::Result<()> {
         // Sessions have passed their output on to the chardevs by now, so that events told up to here are saved once.
         self.deliver_events();
-        let machine = self.parts.machine.save()?;
+        let machine = self.hardware()?.machine.save()?;
         let ended = GuestEnd::of(self.exit.as_ref());
         main.put_value(
             MACHINE,
@@ -342,24 +356,30 @@ impl App {
         }
         main.put_value(SERIAL, 0, 1, &machine.serial)?;
         main.put_value(PLATFORM, 0, 1, &machine.platform)?;
-        let unsent = self.serial_chardev().map(|at| self.parts.chardevs[at].output().pending());
+        // Sent by whoever has the guest in the end, and by nobody before.
+        let unsent = self.serial_chardev().map(|at| self.parts.chardevs[at].output().hold());
         let outside =
             OutsideSection { unsent: unsent.unwrap_or_default(), resets: self.untold_resets.clone() };
         main.put_value(OUTSIDE, 0, 1, &outside)?;
+        if self.moves_out {
+            main.put_value(SERIAL_INPUT, 0, 1, &self.serial_input())?;
+        }
         Ok(())
     }
 
     fn load_sections(&mut self, main: &mut Frame) -> anyhow::Result<()> {
-        let Arrived { run_state, state, outside, ended } = read_machine(main, &self.parts.config)?;
+        let Arrived { run_state, state, outside, ended, serial_input } =
+            read_machine(main, &self.parts.config)?;
         self.state_before_update = run_state;
-        self.parts.machine.restore(&state).context("the machine refuses the state")?;
-        self.loaded = Loaded { outside, ended };
+        self.hardware()?.machine.restore(&state).context("the machine refuses the state")?;
+        self.loaded = Loaded { outside, ended, serial_input };
         Ok(())
     }
 
     /// What the guest had done to the outside when it was stopped goes on from here; the guest is ours.
     fn carry_on(&mut self) {
-        let Loaded { outside, ended } = std::mem::take(&mut self.loaded);
+        let Loaded { outside, ended, serial_input } = std::mem::take(&mut self.loaded);
+        self.give_serial_input(serial_input);
         if let Some(at) = self.serial_chardev() {
             self.parts.chardevs[at].output().write_first(&outside.unsent);
         }
@@ -380,12 +400,11 @@ impl App {
     /// The guest cannot be taken over. It is stopped, and its state is untouched.
     pub fn take_over(&mut self, channel: Option<Channel>) -> anyhow::Result<()> {
         let mut arriving = self.parts.arriving.take().ok_or_else(|| anyhow!("no update is coming in"))?;
-        let channel = channel.map_or_else(|| arriving.main.clone(), main_channel);
-        let mut source = arriving.exec.source.open(channel);
-        let result = arriving.incoming.load(self, &mut *source);
+        let result = arriving.main(channel).map_err(|error| IncomingError::Read(error.into()));
+        let result = result.and_then(|mut main| arriving.incoming.load(self, &mut *main));
         let result = result.and_then(|()| {
             #[cfg(feature = "fault-injection")]
-            crate::fault::strike("loaded", arriving.exec.failure.is_some());
+            crate::fault::strike("loaded", arriving.failure().is_some());
             let vcpus = self.parts.config.cpus.into();
             self.progress.control = Some(arriving.incoming.control().clone());
             if arriving.incoming.activity() == GuestActivity::Running {
@@ -396,31 +415,53 @@ impl App {
         if let Err(error) = result {
             // After the commit nobody else has the guest, so nobody is told so.
             if !matches!(error, IncomingError::Resume(_)) {
-                arriving.incoming.abandon();
+                arriving.refuse(&errors::text(&error));
             }
             return Err(error.into());
         }
+        self.progress.mode = Some(arriving.incoming.mode().id.to_string());
+        let failure = arriving.failure().map(str::to_owned);
+        let Arriving { from, mut incoming } = arriving;
+        // First of all: whoever waits for this competes with the guest for a CPU until it knows.
+        let keeper = match from {
+            Predecessor::Exec { rest, .. } => rest.keeper,
+            Predecessor::Transfer(source) => {
+                if let Err(error) = source.release() {
+                    tracing::warn!(%error, "the source could not be told");
+                }
+                self.guest_moved_in();
+                None
+            }
+        };
         self.carry_on();
-        if let Some(keeper) = arriving.exec.keeper.take() {
+        if let Some(keeper) = keeper {
             if let Err(error) = keeper.release() {
                 tracing::warn!(%error, "the keeper could not be released");
             }
-            self.keeper = Some((Arc::new(keeper), arriving.incoming));
+            self.keeper = Some((Arc::new(keeper), incoming));
         } else {
-            arriving.incoming.released();
+            incoming.released();
         }
-        self.progress.error = arriving.exec.failure;
-        self.progress.status = if self.progress.error.is_some() { Status::Failed } else { Status::Completed };
-        self.progress.mode = Some(cpr_exec::MODE.to_string());
+        self.progress.status = if failure.is_some() { Status::Failed } else { Status::Completed };
+        self.progress.error = failure;
         self.emit_migration_event();
         Ok(())
     }
 
     pub(super) fn migrate_incoming(&mut self, channel: Channel) -> Result<Reply, QmpError> {
-        if self.parts.arriving.is_none() {
+        if self.parts.listening.is_some() {
+            check_transfer_channel(&channel)?;
+            // As soon as there is a source.
+            self.parts.config.incoming = Some(Incoming::Channel(channel));
+            return Ok(Reply::empty());
+        }
+        let Some(arriving) = &self.parts.arriving else {
             return Err(QmpError::generic(
                 "'-incoming' was not specified on the command line, or the state is loaded already",
             ));
+        };
+        if let Predecessor::Transfer(_) = arriving.from {
+            check_transfer_channel(&channel)?;
         }
         if let Err(error) = self.take_over(Some(channel)) {
             // This program cannot run the guest; once its user has been answered, another one will.
@@ -435,8 +476,9 @@ impl App {
 
 impl Host for App {
     fn memory(&self) -> Vec<MemoryRegion> {
-        let config = self.parts.memory.config();
-        let backing = match self.parts.memory.in_place_obstacle() {
+        let Ok(Hardware { memory, .. }) = self.hardware() else { return Vec::new() };
+        let config = memory.config();
+        let backing = match memory.in_place_obstacle() {
             None => Backing::Shared { name: config.id.clone(), id: 0 },
             Some(_) => Backing::Private,
         };
@@ -471,6 +513,9 @@ impl Host for App {
     fn resume(&mut self, activity: GuestActivity) -> Result<(), BoxError> {
         self.saved_fds.clear();
         self.stop_told = false;
+        if let Some(at) = self.serial_chardev() {
+            self.parts.chardevs[at].output().release();
+        }
         match activity {
             _ if self.guest_has_ended() => Ok(()),
             GuestActivity::Running => Ok(self.run_guest()?),

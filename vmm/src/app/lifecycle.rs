@@ -7,7 +7,8 @@ use serde_json::json;
 use vmm_core::vcpu::VcpuEvent;
 
 use super::App;
-use crate::{errors, startup};
+use crate::errors;
+use crate::startup::{self, Hardware};
 
 /// QEMU's `RunState`, as far as this program knows it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -22,6 +23,8 @@ pub enum RunState {
     InMigrate,
     /// Stopped by an update that is under way.
     FinishMigrate,
+    /// Another process has the guest.
+    PostMigrate,
     /// A vCPU cannot go on.
     InternalError,
 }
@@ -35,6 +38,7 @@ impl RunState {
             RunState::Paused => "paused",
             RunState::InMigrate => "inmigrate",
             RunState::FinishMigrate => "finish-migrate",
+            RunState::PostMigrate => "postmigrate",
             RunState::InternalError => "internal-error",
         }
     }
@@ -91,7 +95,7 @@ impl App {
     pub(super) fn pause_guest(&mut self, state: RunState, timeout: Duration) -> anyhow::Result<bool> {
         let ran = self.parts.run_state == RunState::Running;
         if ran {
-            self.parts.machine.pause(timeout)?;
+            self.hardware()?.machine.pause(timeout)?;
             if !self.stop_told {
                 self.emit("STOP", None);
             }
@@ -102,7 +106,7 @@ impl App {
 
     /// Runs the guest.
     pub(super) fn run_guest(&mut self) -> anyhow::Result<()> {
-        self.parts.machine.run()?;
+        self.hardware()?.machine.run()?;
         self.set_run_state(RunState::Running);
         self.emit("RESUME", None);
         Ok(())
@@ -126,7 +130,8 @@ impl App {
     }
 
     pub(super) fn handle_vcpu_events(&mut self) {
-        while let Some(event) = self.parts.machine.events().try_recv() {
+        let next = |app: &App| app.parts.hardware.as_ref()?.machine.events().try_recv();
+        while let Some(event) = next(self) {
             match event {
                 VcpuEvent::PowerOff => {
                     self.exit.get_or_insert(Exit::GuestPowerOff);
@@ -167,13 +172,14 @@ impl App {
     pub(super) fn reset_machine(&mut self, by_guest: bool) -> anyhow::Result<()> {
         let ran = self.parts.run_state == RunState::Running;
         let failed = self.parts.run_state == RunState::InternalError;
+        let Hardware { ram, machine, .. } = self.hardware()?;
         if ran {
-            self.parts.machine.pause(PAUSE_TIMEOUT)?;
+            machine.pause(PAUSE_TIMEOUT)?;
         }
         // A kernel's zero-initialised data is expected to be zero, as in a machine that was just switched on.
-        self.parts.ram.clear()?;
-        let entry = startup::load_kernel(&self.parts.config, &self.parts.ram)?;
-        self.parts.machine.reset(&|regs, sregs| entry.apply(regs, sregs))?;
+        ram.clear()?;
+        let entry = startup::load_kernel(&self.parts.config, ram)?;
+        machine.reset(&|regs, sregs| entry.apply(regs, sregs))?;
         let reset = Reset { by_guest };
         if self.departed {
             self.untold_resets.push(reset)
@@ -181,7 +187,7 @@ impl App {
             self.emit_reset(reset)
         }
         if ran {
-            self.parts.machine.run()?;
+            self.hardware()?.machine.run()?;
         } else if failed {
             self.set_run_state(RunState::Paused);
         }

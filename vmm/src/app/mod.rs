@@ -2,12 +2,14 @@
 //!
 //! Everything here runs on one thread. vCPU threads reach it through [`vmm_core`]'s event queue only.
 //!
+//! - `arrival`: how the guest of another process comes in.
 //! - `front_ends`: which bytes go to which monitor or serial port.
 //! - `commands`: what monitor commands do.
 //! - `departure`: what the program is while it runs the guest in the keeper.
 //! - `host`: what an update does to the program ([`cpr_core::Host`]), and the sections it saves.
 //! - `lifecycle`: run states, reset, power-off, the end.
 
+mod arrival;
 mod commands;
 mod departure;
 mod front_ends;
@@ -20,23 +22,23 @@ use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use cpr_core::{Outcome, Services, Step, TargetPhase, TerminalAction, Update, UpdateError, Wait};
+use cpr_core::{Outcome, Properties, Services, Step, TargetPhase, TerminalAction, Update, UpdateError, Wait};
 use cpr_exec::KeeperEnd;
+use cpr_transfer::Listener;
 use oslib::signals::{SignalFd, SignalMask};
-use vmm_core::machine::Machine;
-use vmm_core::memory::{Backend as MemoryBackend, GuestRam};
 
+use crate::arriving::Arriving;
 use crate::chardev::{Chardev, Direction};
 use crate::cli::config::{Config, Incoming};
 use crate::errors;
 use crate::event_loop::{EventLoop, Interest, Ready, Token};
 use crate::migration::{Progress, Settings, Status};
-use crate::monitor::Channel;
-use crate::startup::{self, Arriving};
+use crate::monitor::Channels;
+use crate::startup::{self, Hardware};
 
 pub use front_ends::{FrontEnd, User};
 use host::Loaded;
-pub use host::{Arrived, EarlyState, find_named_fds, read_machine, take_early_state};
+pub use host::{Arrived, EarlyState, FrontEndState, find_named_fds, read_machine, take_early_state};
 use lifecycle::Reset;
 pub use lifecycle::{Exit, RunState};
 pub use observer::BlackoutObserver;
@@ -48,13 +50,18 @@ const FIFO_POLL: Duration = Duration::from_millis(5);
 /// How often a keeper that an update waits for is hurried.
 const KEEPER_POLL: Duration = Duration::from_millis(5);
 
+/// What a monitor is told while the guest has not arrived, in QEMU's words.
+const WAITING: &str = "Guest is waiting for an incoming migration";
+/// What a monitor is told once the guest is in another process.
+const GONE: &str =
+    "the guest belongs to another process since it was transferred; all that is left is to quit this one";
+
 /// Everything that `startup` has made ready.
 pub struct Parts {
     pub(crate) config: Config,
     pub(crate) services: Services,
-    pub(crate) memory: MemoryBackend,
-    pub(crate) ram: GuestRam,
-    pub(crate) machine: Machine,
+    /// `None` while the guest has not arrived.
+    pub(crate) hardware: Option<Hardware>,
     pub(crate) observer: Arc<BlackoutObserver>,
     pub(crate) signals: SignalFd,
     pub(crate) original_mask: SignalMask,
@@ -64,6 +71,8 @@ pub struct Parts {
     pub(crate) named_fds: BTreeMap<String, Arc<OwnedFd>>,
     pub(crate) run_state: RunState,
     pub(crate) arriving: Option<Arriving>,
+    /// Waits for a source, in the target of another process.
+    pub(crate) listening: Option<Listener>,
 }
 
 /// The running program.
@@ -89,6 +98,8 @@ pub struct App {
     pending_events: Vec<front_ends::PendingEvent>,
     /// Descriptors in flight that belong to no session while an update is under way.
     saved_fds: Vec<Arc<OwnedFd>>,
+    /// The target is another process, which has monitors of its own: what travels is the guest's alone.
+    moves_out: bool,
     /// What a paused guest goes back to when an update fails.
     state_before_update: RunState,
     exit: Option<Exit>,
@@ -119,6 +130,7 @@ impl App {
             resumed: false,
             pending_events: Vec::new(),
             saved_fds: Vec::new(),
+            moves_out: false,
             state_before_update: RunState::Prelaunch,
             exit: None,
             loaded: Loaded::default(),
@@ -126,11 +138,16 @@ impl App {
         })
     }
 
-    /// Boots the guest, or takes it over if the command line says from where. Under `-incoming defer` a monitor will.
+    /// Boots the guest, or takes it over if the command line says from where. Under `-incoming defer` a monitor will; and one
+    /// of another process has yet to arrive.
     ///
     /// # Errors
     /// The guest cannot be booted, or not be taken over.
     pub fn begin(&mut self) -> anyhow::Result<()> {
+        if self.parts.listening.is_some() {
+            self.progress.status = Status::Setup;
+            return Ok(());
+        }
         if let Some(arriving) = &self.parts.arriving {
             let channel = match &self.parts.config.incoming {
                 Some(Incoming::Defer) => {
@@ -147,8 +164,9 @@ impl App {
             };
             return self.take_over(channel);
         }
-        let entry = startup::load_kernel(&self.parts.config, &self.parts.ram)?;
-        self.parts.machine.set_entry(&|regs, sregs| entry.apply(regs, sregs))?;
+        let Hardware { ram, machine, .. } = self.hardware()?;
+        let entry = startup::load_kernel(&self.parts.config, ram)?;
+        machine.set_entry(&|regs, sregs| entry.apply(regs, sregs))?;
         if !self.parts.config.start_paused {
             self.run_guest()?;
         }
@@ -165,6 +183,7 @@ impl App {
             // An end that was asked for together with an update comes first: the next program would not know of it.
             if self.exit.is_none() || self.departed {
                 self.run_update();
+                self.poll_arrival();
             }
             self.deliver_events();
             // In the keeper an end of the guest is handed over as such, to the process that its user knows.
@@ -193,7 +212,10 @@ impl App {
     }
 
     fn interests(&self) -> Vec<Interest> {
-        let mut interests = vec![Interest::read_forever(self.parts.machine.events(), Token::Vcpus)];
+        let mut interests = Vec::new();
+        if let Some(Hardware { machine, .. }) = &self.parts.hardware {
+            interests.push(Interest::read_forever(machine.events(), Token::Vcpus));
+        }
         let waited_for = self.update_wait.iter().flat_map(|wait| &wait.fds);
         interests.extend(waited_for.map(|fd| Interest::read(fd, Token::Update)));
         if self.departed {
@@ -202,6 +224,7 @@ impl App {
             interests.extend(serial.flat_map(|at| self.parts.chardevs[at].interests(at, Direction::Output)));
             return interests;
         }
+        interests.extend(self.arrival_fds().iter().map(|fd| Interest::read(fd, Token::Incoming)));
         interests.push(Interest::read_forever(&self.parts.signals, Token::Signals));
         for (at, chardev) in self.parts.chardevs.iter().enumerate() {
             let direction = if self.wants_input(at) { Direction::Both } else { Direction::NoInput };
@@ -224,7 +247,11 @@ impl App {
             },
             // A keeper that was hurried may have stepped down only after it.
             (Some(_), Some(_)) => Some(KEEPER_POLL),
-            (None, _) => self.serial_is_full().then_some(FIFO_POLL),
+            (None, _) if self.serial_is_full() => Some(FIFO_POLL),
+            (None, _) => {
+                let deadline = self.parts.listening.as_ref().and_then(|listener| listener.wait().deadline);
+                deadline.map(|at| at.saturating_duration_since(Instant::now()))
+            }
         }
     }
 
@@ -242,8 +269,8 @@ impl App {
                 }
             }
             Token::Keeper => self.reap_keeper(),
-            // The update is stepped in each round anyway.
-            Token::Update => {}
+            // Both are stepped in each round anyway.
+            Token::Update | Token::Incoming => {}
         }
         Ok(())
     }
@@ -299,7 +326,10 @@ impl App {
             self.emit("RESUME", None);
         }
         match outcome {
-            Outcome::HandedOver => self.progress.status = Status::Completed,
+            Outcome::HandedOver => {
+                self.progress.status = Status::Completed;
+                self.guest_moved_out();
+            }
             Outcome::Failed { error, guest } => {
                 tracing::warn!(%error, "update failed");
                 self.progress.status =
@@ -320,13 +350,16 @@ impl App {
     }
 
     /// Begins an update; the loop steps it from here on.
-    fn start_update(&mut self, channel: Channel) -> Result<(), crate::monitor::QmpError> {
+    fn start_update(&mut self, channels: Channels) -> Result<(), crate::monitor::QmpError> {
         use crate::monitor::QmpError;
         if self.update.is_some() {
             return Err(QmpError::generic("There's a migration process in progress"));
         }
-        if self.parts.arriving.is_some() {
-            return Err(QmpError::generic("Guest is waiting for an incoming migration"));
+        if self.is_waiting_for_guest() {
+            return Err(QmpError::generic(WAITING));
+        }
+        if self.parts.run_state == RunState::PostMigrate {
+            return Err(QmpError::generic(GONE));
         }
         if !self.parts.run_state.can_migrate() {
             return Err(QmpError::generic(format!(
@@ -334,7 +367,9 @@ impl App {
                 self.parts.run_state.name()
             )));
         }
-        let mode = self.parts.settings.attempt(channel, self.parts.original_mask)?;
+        let request = self.update_request(channels)?;
+        let mode = self.parts.settings.attempt(request)?;
+        self.moves_out = !mode.properties().contains(Properties::SAME_PID);
         let (mode_name, course) = (mode.id().to_string(), mode.course());
         let update = Update::begin(&self.parts.services, mode, self)
             .map_err(|error| QmpError::generic(errors::text(&error)))?;
@@ -392,14 +427,20 @@ impl App {
         {
             arriving.forgo();
         }
-        if let Err(error) = self.parts.machine.pause(Duration::from_secs(2)) {
+        let paused =
+            self.parts.hardware.as_ref().map(|hardware| hardware.machine.pause(Duration::from_secs(2)));
+        if let Some(Err(error)) = paused {
             tracing::warn!(%error, "a vCPU did not stop");
         }
         self.emit_shutdown(exit);
         self.deliver_events();
         self.flush_output();
         self.parts.chardevs.iter_mut().for_each(Chardev::close);
-        if let Some(path) = &self.parts.config.pidfile {
+        // Of a guest that moved here or from here it names another process, or none yet.
+        let is_ours = |path: &&std::path::PathBuf| {
+            std::fs::read_to_string(path).is_ok_and(|pid| pid.trim() == std::process::id().to_string())
+        };
+        if let Some(path) = self.parts.config.pidfile.as_ref().filter(is_ours) {
             let _ = std::fs::remove_file(path);
         }
     }

@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use uuid::Uuid;
 
-use crate::monitor::Channel;
+use crate::monitor::{Channel, SocketAddress};
 
 /// A whole machine with its front ends.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -36,6 +36,8 @@ pub struct Config {
     pub no_reboot: bool,
     /// Where the machine's state comes from, instead of a boot.
     pub incoming: Option<Incoming>,
+    /// Where to wait for a source that still runs it. Only with `incoming`.
+    pub incoming_cpr: Option<SocketAddress>,
     /// What to trace.
     pub trace: TraceConfig,
 }

@@ -12,7 +12,7 @@ use super::MAX_CPUS;
 use super::config::{ChardevBackend, Incoming, MonitorKind};
 use super::keyval::{self, Pair, parse_size, parse_switch};
 use super::resolve::{Builder, Object, ObjectKind};
-use crate::monitor::Channel;
+use crate::monitor::{Channel, TypedChannel};
 
 /// One option.
 pub(super) struct OptionSpec {
@@ -310,11 +310,12 @@ pub(super) const OPTIONS: &[OptionSpec] = &[
     },
     OptionSpec {
         names: &["incoming"],
-        metavar: Some("defer|file:PATH[,offset=N]|memfd:|CHANNEL"),
+        metavar: Some("defer|file:PATH[,offset=N]|memfd:|unix:PATH|CHANNEL"),
         group: Group::Update,
         help: "Load the machine from there instead of booting it; defer: wait for the monitor command \
                'migrate_incoming'. CHANNEL is QMP's form, as JSON or \
-               main,addr.transport=file,addr.filename=PATH.",
+               main,addr.transport=file,addr.filename=PATH. Given once more for cpr-transfer, with the socket to wait \
+               at for the running program: cpr,addr.transport=socket,addr.type=unix,addr.path=PATH.",
         properties: &[],
         action: Action::Apply(incoming),
     },
@@ -688,17 +689,23 @@ fn incoming(builder: &mut Builder, _: &OptionSpec, value: &str) -> Result<(), St
         None
     } else if value.starts_with('{') {
         let json = serde_json::from_str(value).map_err(|why| format!("bad JSON: {why}"))?;
-        Some(Channel::from_json(json, ""))
+        Some(TypedChannel::from_json(json, ""))
     } else if is_uri || !value.contains(['=', ',']) {
-        Some(Channel::from_uri(value))
+        Some(Channel::from_uri(value).map(TypedChannel::Main))
     } else {
-        Some(Channel::from_json(dotted(value)?, ""))
+        Some(TypedChannel::from_json(dotted(value)?, ""))
     };
-    let incoming = match channel {
-        None => Incoming::Defer,
-        Some(channel) => Incoming::Channel(channel.map_err(|error| error.to_string())?),
+    let given_before = match channel.transpose().map_err(|error| error.to_string())? {
+        None => builder.incoming.replace(Incoming::Defer).is_some(),
+        Some(TypedChannel::Main(channel)) => builder.incoming.replace(Incoming::Channel(channel)).is_some(),
+        Some(TypedChannel::Cpr(address)) => {
+            if builder.incoming_cpr.replace(address).is_some() {
+                return Err(format!("'{value}': there is one cpr channel, and it was given already"));
+            }
+            false
+        }
     };
-    if builder.incoming.replace(incoming).is_some() {
+    if given_before {
         return Err(format!("'{value}': given twice, but a machine comes from one place"));
     }
     Ok(())

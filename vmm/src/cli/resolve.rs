@@ -10,6 +10,7 @@ use super::config::{
 };
 use super::keyval::show_size;
 use super::{DEFAULT_MEMORY_BYTES, MAX_CPUS};
+use crate::monitor::{Channel, SocketAddress};
 
 /// Id of the RAM that no memory backend was named for, as QEMU's microvm machine calls it.
 const DEFAULT_MEMORY_ID: &str = "microvm.ram";
@@ -38,6 +39,7 @@ pub(super) struct Builder {
     pub(super) serial_given: bool,
     pub(super) monitor_given: bool,
     pub(super) incoming: Option<Incoming>,
+    pub(super) incoming_cpr: Option<SocketAddress>,
     pub(super) pidfile: Option<PathBuf>,
     pub(super) trace: TraceConfig,
     objects: Vec<Object>,
@@ -161,6 +163,7 @@ impl Builder {
     pub(super) fn resolve(mut self) -> Result<Config, Failure> {
         self.default_front_ends()?;
         self.check_front_ends()?;
+        self.check_incoming().map_err(|reason| ("-incoming", reason))?;
         let cpus = self.smp.resolve().map_err(|reason| ("-smp", reason))?;
         let memory = self.resolve_memory()?;
         if self.boot.initrd.is_some() && self.boot.kernel.is_none() {
@@ -180,6 +183,7 @@ impl Builder {
             start_paused: self.start_paused,
             no_reboot: self.no_reboot,
             incoming: self.incoming,
+            incoming_cpr: self.incoming_cpr,
             trace: self.trace,
         })
     }
@@ -234,6 +238,23 @@ impl Builder {
             users.push(id);
         }
         Ok(())
+    }
+
+    /// What the main channel can be depends on whether there is a cpr channel.
+    fn check_incoming(&self) -> Result<(), String> {
+        match (&self.incoming, &self.incoming_cpr) {
+            (None, Some(_)) => Err("the cpr channel needs a main channel beside it: -incoming defer, or \
+                                    -incoming unix:PATH"
+                .into()),
+            (Some(Incoming::Channel(channel @ Channel::File { .. })), Some(_)) => Err(format!(
+                "'{channel}': with a cpr channel the state comes through memory; the main channel is unix:PATH, \
+                 memfd: or defer"
+            )),
+            (Some(Incoming::Channel(channel @ Channel::Unix { .. })), None) => {
+                Err(format!("'{channel}': a socket as main channel needs a cpr channel beside it"))
+            }
+            _ => Ok(()),
+        }
     }
 
     fn resolve_memory(&mut self) -> Result<MemoryConfig, Failure> {

@@ -4,7 +4,7 @@ use proptest::prelude::*;
 
 use super::config::*;
 use super::*;
-use crate::monitor::Channel;
+use crate::monitor::{Channel, SocketAddress};
 
 fn invoke(line: &str) -> Result<Invocation, CliError> {
     parse(shlex::split(line).unwrap().into_iter().map(OsString::from))
@@ -60,6 +60,7 @@ fn defaults() {
             start_paused: false,
             no_reboot: false,
             incoming: None,
+            incoming_cpr: None,
             trace: TraceConfig::default(),
         }
     );
@@ -127,6 +128,7 @@ fn every_option_at_once() {
             start_paused: true,
             no_reboot: true,
             incoming: Some(Incoming::Defer),
+            incoming_cpr: None,
             trace: TraceConfig {
                 patterns: vec!["cpr*".into(), "kvm".into()],
                 file: Some("t".into()),
@@ -212,13 +214,47 @@ fn incoming_forms() {
     assert_eq!(from("main,addr.transport=file,addr.filename=/f,addr.offset=8"), file(8));
     for (value, needle) in [
         ("tcp:0:4444", "'tcp' in 'tcp:0:4444' (supported: file:"),
-        ("unix:/x", "'unix'"),
+        ("unix:/x", "'unix:/x': a socket as main channel needs a cpr channel"),
         ("later", "'later'"),
-        ("main,addr.transport=socket,addr.type=unix,addr.path=/x", "transport 'socket' is not supported"),
-        (r#"{"channel-type":"cpr","addr":{"transport":"socket"}}"#, "channel type 'cpr'"),
+        ("main,addr.transport=rdma,addr.path=/x", "transport 'rdma' is not supported"),
+        (r#"{"channel-type":"cpr","addr":{"transport":"socket"}}"#, "'addr.type' is missing"),
+        ("cpr,addr.transport=socket,addr.type=unix,addr.path=/x", "needs a main channel"),
         ("{", "bad JSON"),
     ] {
         let text = error(&format!("-incoming '{value}'"));
+        assert!(text.starts_with("-incoming: ") && text.contains(needle), "{text}");
+    }
+}
+
+#[test]
+fn two_channels_for_a_transfer() {
+    let dotted = "cpr,addr.transport=socket,addr.type=unix,addr.path=/c,,d";
+    let json = r#"'{"channel-type":"cpr","addr":{"transport":"socket","type":"unix","path":"/c,d"}}'"#;
+    for (main, incoming) in [
+        ("defer", Incoming::Defer),
+        ("memfd:", Incoming::Channel(Channel::Memfd)),
+        ("unix:/m", Incoming::Channel(Channel::Unix { path: "/m".into() })),
+        (
+            "main,addr.transport=socket,addr.type=unix,addr.path=/m",
+            Incoming::Channel(Channel::Unix { path: "/m".into() }),
+        ),
+    ] {
+        for line in
+            [format!("-incoming {main} -incoming {dotted}"), format!("-incoming {json} -incoming {main}")]
+        {
+            let config = config(&line);
+            assert_eq!(config.incoming, Some(incoming.clone()), "{line}");
+            assert_eq!(config.incoming_cpr, Some(SocketAddress::Unix("/c,d".into())), "{line}");
+        }
+    }
+    let by_fd = config("-incoming defer -incoming cpr,addr.transport=socket,addr.type=fd,addr.str=7");
+    assert_eq!(by_fd.incoming_cpr, Some(SocketAddress::Fd("7".into())));
+    for (line, needle) in [
+        (format!("-incoming file:x -incoming {dotted}"), "'file:x': with a cpr channel"),
+        (format!("-incoming defer -incoming {dotted} -incoming {dotted}"), "there is one cpr channel"),
+        (format!("-incoming {dotted} -incoming defer -incoming memfd:"), "given twice"),
+    ] {
+        let text = error(&line);
         assert!(text.starts_with("-incoming: ") && text.contains(needle), "{text}");
     }
 }

@@ -6,7 +6,7 @@
 use serde_json::{Map, Value};
 
 use super::args::Args;
-use super::{Channel, QmpError};
+use super::{Channel, Channels, QmpError};
 
 /// A command for the machine. The doc of each variant says what QMP returns for it.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -36,8 +36,8 @@ pub enum Command {
     SystemReset,
     /// `migrate`.
     Migrate {
-        /// Where the state goes.
-        channel: Channel,
+        /// Where the state goes, and descriptors.
+        channels: Channels,
         /// Whether the reply comes at once (always so from QMP) or, by [`Reply::Suspended`](super::Reply), at the
         /// end.
         detach: bool,
@@ -209,12 +209,12 @@ fn human_monitor_command(args: &mut Args) -> Result<Request, QmpError> {
     Ok(Request::HumanMonitor { line })
 }
 
-fn channel(args: &mut Args, command: &str) -> Result<Channel, QmpError> {
+fn channels(args: &mut Args, command: &str) -> Result<Channels, QmpError> {
     let uri: Option<String> = args.optional("uri")?;
     let channels: Option<Vec<Value>> = args.optional("channels")?;
     match (uri, channels) {
-        (Some(uri), None) => Channel::from_uri(&uri),
-        (None, Some(channels)) => Channel::from_json_list(channels, "channels"),
+        (Some(uri), None) => Channel::from_uri(&uri).map(|main| Channels { main, cpr: None }),
+        (None, Some(channels)) => Channels::from_json_list(channels, "channels"),
         _ => {
             return Err(QmpError::generic(format!(
                 "'{command}' needs exactly one of the arguments 'uri' and 'channels'"
@@ -225,15 +225,20 @@ fn channel(args: &mut Args, command: &str) -> Result<Channel, QmpError> {
 }
 
 fn migrate(args: &mut Args) -> Result<Request, QmpError> {
-    let channel = channel(args, "migrate")?;
+    let channels = channels(args, "migrate")?;
     // QMP's migrate returns at once whatever `detach` says; QEMU documents it as without effect.
     args.optional::<bool>("detach")?;
-    Ok(Request::Machine(Command::Migrate { channel, detach: true }))
+    Ok(Request::Machine(Command::Migrate { channels, detach: true }))
 }
 
 fn migrate_incoming(args: &mut Args) -> Result<Request, QmpError> {
-    let channel = channel(args, "migrate-incoming")?;
-    Ok(Request::Machine(Command::MigrateIncoming { channel }))
+    match channels(args, "migrate-incoming")? {
+        Channels { main: channel, cpr: None } => Ok(Request::Machine(Command::MigrateIncoming { channel })),
+        // As QEMU: by then descriptors have to be there.
+        Channels { cpr: Some(_), .. } => {
+            Err(QmpError::generic("Channel list must have only one entry, for type 'main'"))
+        }
+    }
 }
 
 fn migrate_set_parameters(args: &mut Args) -> Result<Request, QmpError> {
@@ -301,8 +306,8 @@ mod tests {
     #[test]
     fn migrate_takes_a_uri_or_channels() {
         let to_file = |offset| {
-            let channel = Channel::File { path: "f".into(), offset };
-            Ok(Request::Machine(Command::Migrate { channel, detach: true }))
+            let channels = Channels { main: Channel::File { path: "f".into(), offset }, cpr: None };
+            Ok(Request::Machine(Command::Migrate { channels, detach: true }))
         };
         assert_eq!(request("migrate", json!({"uri": "file:f", "detach": true})), to_file(0));
         let channels =

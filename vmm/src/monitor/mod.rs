@@ -30,7 +30,7 @@ pub mod qmp;
 #[cfg(test)]
 pub(crate) mod testing;
 
-pub use channel::Channel;
+pub use channel::{Channel, Channels, SocketAddress, TypedChannel};
 pub use command::Command;
 
 /// The machine as the monitors see it.

@@ -7,7 +7,7 @@ use serde_json::Value;
 
 use super::print;
 use crate::monitor::command::{self, Capability, CapabilityState, Command, MigrationParameters, PARAMETERS};
-use crate::monitor::{Backend, Channel, Origin, QmpError, Reply};
+use crate::monitor::{Backend, Channel, Channels, Origin, QmpError, Reply, SocketAddress};
 
 /// Whether a command is done.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -137,10 +137,10 @@ pub(super) const COMMANDS: &[HmpCommand] = &[
     },
     HmpCommand {
         names: &["migrate"],
-        params: "[-d] URI",
-        help: "save the machine to URI (file:PATH or memfd:) and update by the mode that is set; -d: do not wait for \
-               the end",
-        args: &[Arg::Flag('d'), Arg::Word(Words::Channel)],
+        params: "[-d] URI [cpr=URI]",
+        help: "save the machine to URI (file:PATH, memfd: or unix:PATH) and update by the mode that is set; -d: do not \
+               wait for the end; cpr=unix:PATH: where the target of cpr-transfer listens",
+        args: &[Arg::Flag('d'), Arg::Word(Words::Channel), Arg::OptionalWord(Words::Any)],
         run: migrate,
     },
     HmpCommand {
@@ -329,6 +329,13 @@ fn channel(uri: &str) -> Result<Channel, QmpError> {
     Channel::from_uri(uri).map_err(|error| QmpError::generic(error.to_string()))
 }
 
+fn cpr_channel(word: &str) -> Result<SocketAddress, QmpError> {
+    let uri = word.strip_prefix("cpr=").ok_or_else(|| {
+        QmpError::generic(format!("'{word}' is not expected; after the main channel comes cpr=unix:PATH"))
+    })?;
+    SocketAddress::from_uri(uri).map_err(|error| QmpError::generic(error.to_string()))
+}
+
 fn help(context: &mut Context<'_, '_>, args: &Arguments) -> Result<Flow, QmpError> {
     let name = args.word(0);
     if name == "info" {
@@ -372,9 +379,14 @@ fn info(context: &mut Context<'_, '_>, args: &Arguments) -> Result<Flow, QmpErro
 }
 
 fn migrate(context: &mut Context<'_, '_>, args: &Arguments) -> Result<Flow, QmpError> {
-    let channel = channel(args.word(0))?;
+    let main = channel(args.word(0))?;
+    let cpr = match args.word(1) {
+        "" => None,
+        word => Some(cpr_channel(word)?),
+    };
+    let channels = Channels { main, cpr };
     let wait = !args.flags.contains(&'d');
-    let flow = context.execute(Command::Migrate { channel, detach: !(wait && context.can_wait) })?;
+    let flow = context.execute(Command::Migrate { channels, detach: !(wait && context.can_wait) })?;
     if wait && !context.can_wait {
         context.out = "terminal does not allow synchronous migration, continuing detached\n".into();
     }

@@ -3,7 +3,7 @@ use serde_json::json;
 
 use super::*;
 use crate::monitor::testing::{Machine, persisted};
-use crate::monitor::{Channel, Command};
+use crate::monitor::{Channel, Channels, Command, SocketAddress};
 
 /// What a session prints for input, without banner and first prompt.
 fn printed(input: &str, machine: &mut Machine) -> String {
@@ -64,8 +64,9 @@ fn golden_transcript() {
     let command: Vec<String> =
         ["cpr-vmm", "-name", "a b", "-incoming", "file:vm.state"].map(String::from).into();
     assert_eq!(machine.parameters.cpr_exec_command, Some(command));
-    let channel = Channel::File { path: "vm.state".into(), offset: 0 };
-    assert!(machine.commands.contains(&Command::Migrate { channel, detach: true }));
+    let main = Channel::File { path: "vm.state".into(), offset: 0 };
+    let channels = Channels { main, cpr: None };
+    assert!(machine.commands.contains(&Command::Migrate { channels, detach: true }));
 }
 
 #[test]
@@ -78,7 +79,20 @@ fn each_command_is_its_qmp_command() {
         ("system_reset", Command::SystemReset),
         ("migrate_cancel", Command::MigrateCancel),
         ("migrate_incoming memfd:", Command::MigrateIncoming { channel: Channel::Memfd }),
-        ("migrate -d \"memfd:\"", Command::Migrate { channel: Channel::Memfd, detach: true }),
+        (
+            "migrate -d \"memfd:\"",
+            Command::Migrate { channels: Channels { main: Channel::Memfd, cpr: None }, detach: true },
+        ),
+        (
+            "migrate -d unix:m cpr=unix:c,d",
+            Command::Migrate {
+                channels: Channels {
+                    main: Channel::Unix { path: "m".into() },
+                    cpr: Some(SocketAddress::Unix("c,d".into())),
+                },
+                detach: true,
+            },
+        ),
         ("closefd tap", Command::CloseFd { name: "tap".into() }),
     ] {
         let mut machine = Machine::default();
@@ -163,7 +177,7 @@ fn mistakes_are_named() {
         ("migrate -x memfd:", "migrate: unsupported option -x"),
         ("migrate - memfd:", "migrate: unsupported option -"),
         ("migrate tcp:h:1", "Error: unknown migration protocol: 'tcp'"),
-        ("migrate a b", "extraneous characters"),
+        ("migrate a b c", "extraneous characters"),
         ("migrate \"file:x", "unterminated string"),
         ("stop now", "stop: extraneous characters"),
         ("migrate_set_parameter mode", "string expected"),
