@@ -452,7 +452,8 @@ impl Program {
                 if std::mem::take(&mut self.server.departed) {
                     self.come_back();
                 }
-                self.server.answer_update(&format!("failed: {error}"))
+                // With the new program's last words, which may be several lines.
+                self.server.answer_update(&format!("failed: {error}").replace('\n', " "))
             }
             Outcome::Failed { guest: Err(error), .. } => eprintln!("echo: clients cannot be served: {error}"),
             // This is the keeper, and of no use any more.

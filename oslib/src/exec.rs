@@ -347,6 +347,28 @@ mod tests {
     }
 
     #[test]
+    #[ignore = "it becomes another program"]
+    fn becomes_a_shell_that_reads_from_9_in_a_folder() {
+        let program = File::open("/bin/sh").unwrap().into();
+        let exec = PreparedExec::of_descriptor(program, ["sh", "-c", "cat <&9; pwd"], NO_ENV).unwrap();
+        let folder = File::open("/proc").unwrap().into();
+        let words = File::from(crate::memfd::Memfd::new("words").create().unwrap());
+        std::os::unix::fs::FileExt::write_all_at(&words, b"these words\n", 0).unwrap();
+        exec.run_with(&folder, &[(words.into(), 9)]);
+    }
+
+    #[test]
+    fn descriptors_and_folder_are_given_to_the_program() {
+        let name = "exec::tests::becomes_a_shell_that_reads_from_9_in_a_folder";
+        let output = Command::new(std::env::current_exe().unwrap())
+            .args(["--ignored", "--exact", name, "--nocapture"])
+            .output()
+            .unwrap();
+        let said = String::from_utf8_lossy(&output.stdout);
+        assert!(said.ends_with("these words\n/proc\n"), "{said}");
+    }
+
+    #[test]
     fn a_slash_means_no_search() {
         let dir = tempfile::tempdir().unwrap();
         put(&dir.path().join("good"), 0o755);

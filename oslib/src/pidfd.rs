@@ -209,6 +209,20 @@ mod tests {
     }
 
     #[test]
+    fn how_a_process_ended_is_told_without_reaping_it() {
+        for (script, how) in [("exit 3", Exit::Exited(3)), ("kill -TERM $$", Exit::Signaled(libc::SIGTERM))] {
+            let mut child = std::process::Command::new("sh").args(["-c", script]).spawn().unwrap();
+            let pidfd = PidFd::open(child.id()).unwrap();
+            assert!(pidfd.wait_exited(Duration::from_secs(30)).unwrap());
+            assert_eq!(pidfd.ended_how(), Some(how));
+            child.wait().unwrap();
+            // Later kernels know it still.
+            assert!(pidfd.ended_how().is_none_or(|told| told == how));
+        }
+        assert_eq!(PidFd::of_self().unwrap().ended_how(), None);
+    }
+
+    #[test]
     fn a_child_that_exits() {
         let pidfd = spawn("/bin/sh", &["-c", "exit 7"]);
         assert!(cloexec::is_set(&pidfd).unwrap());

@@ -376,6 +376,63 @@ mod tests {
 
     // Each test has a thread of its own, and so a mask of its own.
 
+    /// Runs an ignored test of this module in a process of its own; gives its end and its standard error.
+    fn in_a_process(test: &str) -> (Option<i32>, String) {
+        use std::os::unix::process::ExitStatusExt;
+        let name = format!("signals::tests::{test}");
+        let output = std::process::Command::new(std::env::current_exe().unwrap())
+            .args(["--ignored", "--exact", &name, "--nocapture"])
+            .output()
+            .unwrap();
+        (output.status.signal(), String::from_utf8_lossy(&output.stderr).into_owned())
+    }
+
+    fn last_act(signal: i32) {
+        let words: &[u8] = if signal == libc::SIGSEGV { b"SIGSEGV handled" } else { b"SIGABRT handled" };
+        crate::stream::write_stderr(words);
+    }
+
+    #[expect(unconditional_recursion, reason = "to fill the stack")]
+    fn overflow(depth: u64) -> u64 {
+        let room = std::hint::black_box([depth; 512]);
+        overflow(depth.wrapping_add(1)) ^ room[7]
+    }
+
+    #[test]
+    #[ignore = "it ends its process"]
+    fn dies_of_an_overflow_of_the_stack() {
+        let _handlers = on_fatal(&[libc::SIGSEGV, libc::SIGABRT], last_act).unwrap();
+        overflow(0);
+    }
+
+    #[test]
+    #[ignore = "it ends its process"]
+    fn dies_of_a_pending_abort() {
+        block_all().unwrap();
+        kick(ThreadId::current(), libc::SIGABRT).unwrap();
+        let _handlers = on_fatal(&[libc::SIGSEGV, libc::SIGABRT], last_act).unwrap();
+    }
+
+    #[test]
+    fn a_fatal_signal_is_handled_and_still_fatal() {
+        let (signal, said) = in_a_process("dies_of_an_overflow_of_the_stack");
+        assert_eq!(signal, Some(libc::SIGSEGV), "{said}");
+        assert!(said.contains("SIGSEGV handled"), "{said}");
+        let (signal, said) = in_a_process("dies_of_a_pending_abort");
+        assert_eq!(signal, Some(libc::SIGABRT), "{said}");
+        assert!(said.contains("SIGABRT handled"), "{said}");
+    }
+
+    #[test]
+    fn what_was_pending_can_be_discarded() {
+        block(SignalMask::of(&[libc::SIGQUIT])).unwrap();
+        kick(ThreadId::current(), libc::SIGQUIT).unwrap();
+        discard_pending(libc::SIGQUIT).unwrap();
+        // It would end the process.
+        set_mask(SignalMask::EMPTY).unwrap();
+        assert_eq!(discard_pending(libc::SIGKILL).unwrap_err().raw_os_error(), Some(libc::EINVAL));
+    }
+
     #[test]
     fn masks_are_sets() {
         let mask = SignalMask::of(&[libc::SIGINT, libc::SIGRTMIN(), 64]);

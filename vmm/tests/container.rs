@@ -209,6 +209,35 @@ fn sigterm_during_an_update_ends_process_1_after_the_commit() -> anyhow::Result<
 }
 
 #[test]
+fn a_new_process_1_that_refuses_makes_room_for_the_old_one() -> anyhow::Result<()> {
+    need_kvm!();
+    need_namespaces!();
+    let mut vmm = start()?;
+    let guest = vmm.guest()?;
+    let pid = vmm.pid();
+    let identity = Identity::of(pid)?;
+    let mut neighbour = Neighbour::start(pid)?;
+    let inside = processes_inside(pid)?;
+    let mut command = vmm.exec_command("memfd:");
+    command.push("-no-such-option".into());
+    for _ in 0..2 {
+        vmm.set_exec(&command)?;
+        let error = vmm.migrate("memfd:").err().context("it succeeded")?.to_string();
+        ensure!(error.contains("the new program failed") && error.contains("-no-such-option"), "{error}");
+        guest.beats_on(0)?;
+        ensure!(Identity::of(pid)? == identity, "{identity:?} -> {:?}", Identity::of(pid)?);
+        let alone = || (processes_inside(pid).ok()? == inside).then_some(());
+        wait_for("the keeper's end", PATIENCE, alone)?;
+    }
+    neighbour.send()?;
+    neighbour.receive()?;
+    vmm.update()?;
+    guest.beats_on(0)?;
+    send_signal(pid, SIGTERM)?;
+    ends_in_order(&mut vmm)
+}
+
+#[test]
 fn an_update_that_fails_leaves_the_container_alone() -> anyhow::Result<()> {
     need_kvm!();
     need_namespaces!();

@@ -63,10 +63,11 @@ pub(crate) fn test(arguments: &TestArgs) -> Result<bool> {
 
     if arguments.filters.is_empty() {
         model(&mut tally)?;
+        faults(&mut tally)?;
         release_has_no_faults(&mut tally)?;
         lab_lane(arguments.no_lab, &mut tally)?;
     } else {
-        for lane in ["model", "release binary", "lab"] {
+        for lane in ["model", "targets that fail", "release binary", "lab"] {
             tally.skip(lane, "filters given");
         }
     }
@@ -169,6 +170,16 @@ fn model(tally: &mut Tally) -> Result<()> {
     // Everything is compiled with other flags: in a folder of its own, or each lane would rebuild the world.
     command.arg("--target-dir").arg(target_folder()?.join("loom")).env("RUSTFLAGS", "--cfg loom");
     libtest("model", &mut command, tally)
+}
+
+/// Targets that panic, crash and hang on purpose.
+fn faults(tally: &mut Tally) -> Result<()> {
+    title("targets that fail (fault-injection)");
+    let mut command = cargo();
+    command.args(["test", "-p", "vmm", "--features", "fault-injection", "--test", "fallback"]);
+    // Or the other tests would find a program with faults in their folder.
+    command.arg("--target-dir").arg(target_folder()?.join("faults"));
+    libtest("targets that fail", &mut command, tally)
 }
 
 /// The program that users get must not know how to leave out steps of a restore.
