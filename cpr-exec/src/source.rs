@@ -212,7 +212,7 @@ impl CprExec {
                 successor.send_signal(SIGABRT)?;
                 self.watchdog.check(&rendezvous)?
             }
-            Err(_) => return Err(self.failure(attempt, "made no progress and was ended").into()),
+            Err(_) => return Err(self.failure(attempt, "was killed").into()),
         };
         if self.watched.is_empty() {
             for fd in [doorbell.as_fd(), successor.as_fd()] {

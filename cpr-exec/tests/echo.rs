@@ -398,7 +398,10 @@ fn a_program_that_hangs_is_ended_before_the_server_goes_on() {
     assert_eq!(client.ask("hello"), "hello");
     client.send("half-");
     let answer = control.ask("!update");
-    assert_eq!(answer, "!failed: cpr-exec could not prepare: the new program has made no progress for 700ms");
+    assert_eq!(
+        answer,
+        "!failed: cpr-exec could not prepare: the new program was killed: the new program has made no progress for 700ms"
+    );
     assert_eq!(echo.follow(), Exit::Signaled(SIGKILL));
     assert_eq!(client.ask("line"), "half-line");
     command.exchange(&echo_program());

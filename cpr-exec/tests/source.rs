@@ -123,7 +123,8 @@ fn attempts_follow_each_other() {
     for _ in 0..20 {
         let mut update = begin(&services, &host, MainChannel::Memfd).unwrap();
         while !matches!(update.step(&mut host), Step::Terminal) {}
-        let own = ["'cpr-exec/control' (id 0)", "'cpr-exec/doorbell' (id 0)", "'cpr-exec/main' (id 0)"];
+        let own = ["control", "doorbell", "last-words", "main", "stderr"]
+            .map(|name| format!("'cpr-exec/{name}' (id 0)"));
         assert_eq!(names(&services), own);
         update.cancel(&mut host);
         assert_eq!(names(&services), [""; 0]);

@@ -166,7 +166,11 @@ const NO_CPUID: Vec<Blob> = Vec::new();
 
 pub(crate) fn process_seeds() -> Vec<Vec<u8>> {
     let file = ChannelWire::File { path: b"/tmp/vm.state".to_vec(), offset: 4096 };
-    vec![to_body(&(0_u64, ChannelWire::Memfd, true)), to_body(&(u64::MAX, file, false))]
+    let fallback = (vec![b"cpr-vmm".to_vec()], vec![(b"PATH".to_vec(), b"/bin".to_vec())]);
+    vec![
+        to_body(&(0_u64, ChannelWire::Memfd, true, Some(fallback))),
+        to_body(&(u64::MAX, file, false, None::<(Vec<Vec<u8>>, Vec<(Vec<u8>, Vec<u8>)>)>)),
+    ]
 }
 
 /// The section `cpr-vmm/monitors`, and sessions that go on with it: whatever the new command line connects to the
