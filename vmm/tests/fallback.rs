@@ -160,7 +160,7 @@ fn a_program_that_hangs_is_ended() -> anyhow::Result<()> {
     machine.set("cpr-exec-timeout", json!(300))?;
     machine.begin(&words(&["sleep", "1000"]), "memfd:")?;
     let error = machine.fails(Process::Another)?;
-    contains(&error, &["the new program made no progress and was ended", "no progress for 300ms"])?;
+    contains(&error, &["the new program made no progress and was ended", "no progress for 300ms (building)"])?;
     let parameters = machine.vmm.qmp().execute("query-migrate-parameters", json!({}))?;
     ensure!(parameters["cpr-exec-timeout"] == 300 && parameters["cpr-defer-timeout"] == 0, "{parameters}");
     machine.set("cpr-exec-timeout", json!(5000))?;
