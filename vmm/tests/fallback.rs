@@ -93,8 +93,11 @@ impl Machine {
         })?;
         let same = runners[0] == self.vmm.pid();
         ensure!(same == (expected == Process::Same), "{runners:?} has the guest of {}", self.vmm.pid());
-        let threads = oslib::process::thread_names(runners[0])?;
-        ensure!(threads.iter().filter(|name| *name == "vcpu0").count() == 1, "{threads:?}");
+        // A thread names itself, some time after it was started.
+        wait_for("the vCPU's thread", PATIENCE, || {
+            let threads = oslib::process::thread_names(runners[0]).ok()?;
+            (threads.iter().filter(|name| *name == "vcpu0").count() == 1).then_some(())
+        })?;
         ensure!(self.vmm.status()? == "running");
         self.guest.beats_on(0)?;
         self.look_at_beats()
@@ -160,7 +163,10 @@ fn a_program_that_hangs_is_ended() -> anyhow::Result<()> {
     machine.set("cpr-exec-timeout", json!(300))?;
     machine.begin(&words(&["sleep", "1000"]), "memfd:")?;
     let error = machine.fails(Process::Another)?;
-    contains(&error, &["the new program made no progress and was ended", "no progress for 300ms (building)"])?;
+    contains(
+        &error,
+        &["the new program made no progress and was ended", "no progress for 300ms (building)"],
+    )?;
     let parameters = machine.vmm.qmp().execute("query-migrate-parameters", json!({}))?;
     ensure!(parameters["cpr-exec-timeout"] == 300 && parameters["cpr-defer-timeout"] == 0, "{parameters}");
     machine.set("cpr-exec-timeout", json!(5000))?;
