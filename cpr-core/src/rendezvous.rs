@@ -103,8 +103,10 @@ impl Rendezvous {
         self.progress.load(Ordering::Acquire)
     }
 
-    /// In the source: the main frame is where the target looks for it. Wakes the target.
+    /// In the source: the main frame is where the target looks for it. Wakes the target, whose time begins anew: it has
+    /// waited for the source until now.
     pub fn publish_state(&self) {
+        self.note_progress();
         self.offer.store(STATE_IS_THERE, Ordering::Release);
         self.offer.wake();
     }

@@ -283,6 +283,11 @@ impl Update {
                 }
                 self.state = State::Await;
                 let prepared = self.mode.await_target(&attempt(&self.control, &self.services));
+                // Its user has ended it, guest and all, before it asked for the state.
+                if self.control.ownership().owner() == Some(Owner::Target) {
+                    self.state = State::Finished;
+                    return Ok(Step::Finished(Outcome::HandedOver));
+                }
                 self.after_prepare(prepared, State::Stop)
             }
             State::Stop => {

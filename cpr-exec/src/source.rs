@@ -205,7 +205,10 @@ impl CprExec {
                 tracing::warn!(%stalled, "the new program is told to give up");
                 // Among its last words, so that a fallback start knows, too.
                 if let Some(words) = &self.words {
-                    oslib::stream::write(&words.memfd, format!("{stalled}\n").as_bytes())?;
+                    oslib::stream::write(
+                        &words.memfd,
+                        format!("{stalled} ({})\n", doing(rendezvous.target_phase())).as_bytes(),
+                    )?;
                 }
                 // Whatever it waits for, it is to come to an end now; and its time begins anew.
                 rendezvous.enter(TargetPhase::Building);
@@ -329,6 +332,16 @@ impl CprMode for CprExec {
         for name in names::OWN {
             attempt.registry.delete(name, 0);
         }
+    }
+}
+
+fn doing(phase: TargetPhase) -> &'static str {
+    match phase {
+        TargetPhase::Building => "building",
+        TargetPhase::Deferred => "waiting for its user",
+        TargetPhase::Ready => "waiting for the state",
+        TargetPhase::Loading => "loading the state",
+        _ => "in an unknown phase",
     }
 }
 

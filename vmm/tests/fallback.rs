@@ -93,8 +93,11 @@ impl Machine {
         })?;
         let same = runners[0] == self.vmm.pid();
         ensure!(same == (expected == Process::Same), "{runners:?} has the guest of {}", self.vmm.pid());
-        let threads = oslib::process::thread_names(runners[0])?;
-        ensure!(threads.iter().filter(|name| *name == "vcpu0").count() == 1, "{threads:?}");
+        // A thread names itself, some time after it was started.
+        wait_for("the vCPU's thread", PATIENCE, || {
+            let threads = oslib::process::thread_names(runners[0]).ok()?;
+            (threads.iter().filter(|name| *name == "vcpu0").count() == 1).then_some(())
+        })?;
         ensure!(self.vmm.status()? == "running");
         self.guest.beats_on(0)?;
         self.look_at_beats()
@@ -160,7 +163,7 @@ fn a_program_that_hangs_is_ended() -> anyhow::Result<()> {
     machine.set("cpr-exec-timeout", json!(300))?;
     machine.begin(&words(&["sleep", "1000"]), "memfd:")?;
     let error = machine.fails(Process::Another)?;
-    contains(&error, &["the new program was killed", "no progress for 300ms"])?;
+    contains(&error, &["the new program was killed", "no progress for 300ms (building)"])?;
     let parameters = machine.vmm.qmp().execute("query-migrate-parameters", json!({}))?;
     ensure!(parameters["cpr-exec-timeout"] == 300 && parameters["cpr-defer-timeout"] == 0, "{parameters}");
     machine.set("cpr-exec-timeout", json!(5000))?;
@@ -276,11 +279,11 @@ fn under_defer_the_answer_comes_first_and_the_sessions_go_on() -> anyhow::Result
     console.expect("(qemu) ")?;
 
     // Nobody says where from: that has a limit of its own, if the user wants one.
-    machine.set("cpr-exec-timeout", json!(200))?;
-    machine.set("cpr-defer-timeout", json!(2000))?;
+    machine.set("cpr-exec-timeout", json!(1500))?;
+    machine.set("cpr-defer-timeout", json!(3000))?;
     machine.begin(&machine.vmm.exec_command("defer"), "memfd:")?;
     let error = machine.fails(Process::Same)?;
-    contains(&error, &["nobody gave the new program a migrate-incoming for 2s", "ended by SIGABRT"])?;
+    contains(&error, &["nobody gave the new program a migrate-incoming for 3s", "ended by SIGABRT"])?;
     machine.set("cpr-exec-timeout", json!(5000))?;
     machine.goes_on(Process::Same)
 }
