@@ -39,8 +39,10 @@ const TIMEOUT: Duration = Duration::from_secs(5);
 const BUILD_TIMEOUT: Duration = Duration::from_secs(30);
 /// Between two attempts to connect to a target whose queue is full.
 const QUEUE_POLL: Duration = Duration::from_millis(20);
-/// How long a target that was told to end may take before it is killed, and how long after that.
-const ENDS_WITHIN: Duration = Duration::from_secs(2);
+/// How long a target that was told to end may take before it is killed: while the guest runs, and while it stands still.
+const ENDS_WITHIN: Duration = Duration::from_secs(5);
+const ENDS_SOON: Duration = Duration::from_secs(2);
+/// And how long after that.
 const KILLED_WITHIN: Duration = Duration::from_secs(10);
 
 /// One attempt in the cpr-transfer mode.
@@ -66,6 +68,8 @@ struct Target {
     main: Arc<OwnedFd>,
     /// It has the descriptors: from now on it must be seen to end before the guest goes on without it.
     is_introduced: bool,
+    /// It was given the state, for which the guest stands still.
+    has_state: bool,
     /// Doorbell, connection and process, for the host's loop.
     watched: Vec<Arc<OwnedFd>>,
 }
@@ -146,7 +150,7 @@ impl CprTransfer {
             watched.push(Arc::new(fd.try_clone_to_owned()?));
         }
         let main = Arc::new(Memfd::new("cpr-main").create()?);
-        Ok(Target { process, doorbell, main, is_introduced: false, watched })
+        Ok(Target { process, doorbell, main, is_introduced: false, has_state: false, watched })
     }
 
     fn parts(&self) -> Result<(&Link, &Target), BoxError> {
@@ -278,6 +282,9 @@ impl CprMode for CprTransfer {
         // Nobody changes it any more, so that a rollback finds what was saved to be what was read.
         memfd::seal_write(&main)?;
         self.watchdog = Watchdog::new(Some(self.timeout), None);
+        if let Some(target) = &mut self.target {
+            target.has_state = true;
+        }
         attempt.control.timeline().stamp(Stamp::HandedOver);
         attempt.control.rendezvous().publish_state();
         self.poll_hand_over(attempt)
@@ -295,16 +302,16 @@ impl CprMode for CprTransfer {
         let Some(link) = self.link.take() else { return };
         link.close();
         // One that was not introduced has nothing, and goes back to listening.
-        if let Some(Target { process, is_introduced: true, .. }) = self.target.take() {
-            end_target(&process);
+        if let Some(Target { process, is_introduced: true, has_state, .. }) = self.target.take() {
+            end_target(&process, if has_state { ENDS_SOON } else { ENDS_WITHIN });
         }
     }
 }
 
 /// Waits for the end of a target that has lost the guest: it must not touch anything once the guest runs again. It ends by
 /// itself, as it sees the word and the end of the connection.
-fn end_target(process: &PidFd) {
-    let ended = process.wait_exited(ENDS_WITHIN).and_then(|ended| {
+fn end_target(process: &PidFd, patience: Duration) {
+    let ended = process.wait_exited(patience).and_then(|ended| {
         if ended {
             return Ok(true);
         }

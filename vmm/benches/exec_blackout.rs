@@ -1,6 +1,7 @@
-//! The blackout of cpr-exec: the real release binary, a real guest, and the gap that the guest saw.
+//! The blackout of cpr-exec and cpr-transfer: the real release binary, a real guest, and the gap that the guest saw.
 //!
-//! Two studies: over the RAM that the guest populates before each update (with and without the keeper), and over vCPUs.
+//! Three studies: over the RAM that the guest populates before each update (with and without the keeper), over vCPUs, and
+//! of a guest that moves from process to process.
 //! A study measures all of its variants in rounds, in another order each round, so that a busy minute of the host hits
 //! all of them alike; criterion then gets the measured times one by one for its statistics and comparisons. It says that
 //! it cannot complete its samples in the target time: there is no target, each sample is one update.
@@ -38,6 +39,7 @@ fn main() {
     let mut criterion = Criterion::default().configure_from_args();
     over_ram(&mut criterion, &plan);
     over_vcpus(&mut criterion, &plan);
+    by_transfer(&mut criterion, &plan);
     criterion.final_summary();
 }
 
@@ -45,6 +47,7 @@ fn main() {
 struct Plan {
     ram_bytes: &'static [u64],
     vcpus: &'static [u8],
+    transferred_bytes: &'static [u64],
     /// Updates of each variant.
     samples: usize,
 }
@@ -56,17 +59,26 @@ impl Plan {
         let only_a_test =
             std::env::args().any(|word| word == "--test") || !std::env::args().any(|word| word == "--bench");
         match (only_a_test, quick) {
-            (true, _) => Plan { ram_bytes: &[SMALL], vcpus: &[1], samples: 1 },
-            (false, true) => Plan { ram_bytes: &[SMALL, GIB], vcpus: &[1, 2, 8], samples: 10 },
-            (false, false) => {
-                Plan { ram_bytes: &[SMALL, GIB, 4 * GIB, 8 * GIB], vcpus: &[1, 2, 4, 8], samples: 25 }
-            }
+            (true, _) => Plan { ram_bytes: &[SMALL], vcpus: &[1], transferred_bytes: &[SMALL], samples: 1 },
+            (false, true) => Plan {
+                ram_bytes: &[SMALL, GIB],
+                vcpus: &[1, 2, 8],
+                transferred_bytes: &[SMALL, GIB],
+                samples: 10,
+            },
+            (false, false) => Plan {
+                ram_bytes: &[SMALL, GIB, 4 * GIB, 8 * GIB],
+                vcpus: &[1, 2, 4, 8],
+                transferred_bytes: &[SMALL, 4 * GIB],
+                samples: 25,
+            },
         }
     }
 }
 
 /// A VM that stands still while others are measured.
 struct Subject {
+    builder: VmmBuilder,
     vmm: Vmm,
     guest: Guest,
     meter: Meter,
@@ -74,17 +86,28 @@ struct Subject {
 
 impl Subject {
     fn start(populated_bytes: u64, vcpus: u8) -> Result<Subject> {
-        let mut vmm = VmmBuilder::new().memory(populated_bytes + OVERHEAD).cpus(vcpus).start()?;
+        let builder = VmmBuilder::new().memory(populated_bytes + OVERHEAD).cpus(vcpus);
+        let mut vmm = builder.clone().start()?;
         let guest = vmm.guest()?;
         let meter = Meter::new(&guest, vcpus, populated_bytes, SEED)?;
         vmm.qmp().execute("stop", json!({}))?;
-        Ok(Subject { vmm, guest, meter })
+        Ok(Subject { builder, vmm, guest, meter })
     }
 
-    fn measure(&mut self, keeper: bool) -> Result<Update> {
-        self.vmm.qmp().execute("migrate-set-parameters", json!({ "x-cpr-exec-keeper": keeper }))?;
+    fn measure(&mut self, way: Way) -> Result<Update> {
         self.vmm.qmp().execute("cont", json!({}))?;
-        let update = self.meter.update(&mut self.vmm, &self.guest, Through::Memfd)?;
+        let update = match way {
+            Way::Exec { keeper } => {
+                self.vmm.qmp().execute("migrate-set-parameters", json!({ "x-cpr-exec-keeper": keeper }))?;
+                self.meter.update(&mut self.vmm, &self.guest, Through::Memfd)?
+            }
+            Way::Transfer => {
+                let mut target = self.builder.clone().target("memfd:").start()?;
+                let update = self.meter.transfer(&mut self.vmm, &mut target, &self.guest)?;
+                std::mem::replace(&mut self.vmm, target).quit()?;
+                update
+            }
+        };
         self.vmm.qmp().execute("stop", json!({}))?;
         Ok(update)
     }
@@ -97,8 +120,18 @@ impl Subject {
     }
 }
 
-/// Which machine, and whether the keeper is on.
-type Variant = (usize, bool);
+/// How the guest gets to its next program.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Way {
+    Exec { keeper: bool },
+    Transfer,
+}
+
+const EXEC: Way = Way::Exec { keeper: true };
+const WITHOUT_KEEPER: Way = Way::Exec { keeper: false };
+
+/// Which machine, and how it is updated.
+type Variant = (usize, Way);
 
 /// Variants that are measured together.
 struct Study {
@@ -134,10 +167,10 @@ impl Study {
             eprintln!("{}: round {round} of {}", self.name, self.samples);
             for step in 0..self.variants.len() {
                 let index = (step + round) % self.variants.len();
-                let (machine, keeper) = self.variants[index];
-                let update = subjects[machine].measure(keeper).with_context(|| {
+                let (machine, way) = self.variants[index];
+                let update = subjects[machine].measure(way).with_context(|| {
                     let (bytes, vcpus) = self.machines[machine];
-                    format!("{}: {} MiB, {vcpus} vCPUs, keeper {keeper}", self.name, bytes / MIB)
+                    format!("{}: {} MiB, {vcpus} vCPUs, {way:?}", self.name, bytes / MIB)
                 })?;
                 if round > 0 {
                     updates[index].push(update);
@@ -180,15 +213,17 @@ fn over_ram(criterion: &mut Criterion, plan: &Plan) {
     let study = Study {
         name: "exec_blackout_ram",
         machines: sizes.iter().map(|&bytes| (bytes, 1)).collect(),
-        variants: (0..sizes.len()).map(|m| (m, true)).chain(keeper_off.map(|m| (m, false))).collect(),
+        variants: (0..sizes.len())
+            .map(|m| (m, EXEC))
+            .chain(keeper_off.map(|m| (m, WITHOUT_KEEPER)))
+            .collect(),
         samples: plan.samples,
         measured: OnceCell::new(),
     };
-    for (variant, &(machine, keeper)) in study.variants.iter().enumerate() {
-        let figures: &[(&str, Figure)] = if keeper {
-            &[("guest", GUEST), ("host", HOST), ("ambient", AMBIENT)]
-        } else {
-            &[("guest-keeper-off", GUEST)]
+    for (variant, &(machine, way)) in study.variants.iter().enumerate() {
+        let figures: &[(&str, Figure)] = match way {
+            WITHOUT_KEEPER => &[("guest-keeper-off", GUEST)],
+            _ => &[("guest", GUEST), ("host", HOST), ("ambient", AMBIENT)],
         };
         for &(name, figure) in figures {
             let id = BenchmarkId::new(name, format!("{} MiB", sizes[machine] / MIB));
@@ -201,13 +236,29 @@ fn over_vcpus(criterion: &mut Criterion, plan: &Plan) {
     let study = Study {
         name: "exec_blackout_vcpus",
         machines: plan.vcpus.iter().map(|&vcpus| (SMALL, vcpus)).collect(),
-        variants: (0..plan.vcpus.len()).map(|machine| (machine, true)).collect(),
+        variants: (0..plan.vcpus.len()).map(|machine| (machine, EXEC)).collect(),
         samples: plan.samples,
         measured: OnceCell::new(),
     };
     for (variant, vcpus) in plan.vcpus.iter().enumerate() {
         for (name, figure) in [("guest", GUEST), ("host", HOST), ("ambient", AMBIENT)] {
             study.replay(criterion, variant, BenchmarkId::new(name, vcpus), figure);
+        }
+    }
+}
+
+fn by_transfer(criterion: &mut Criterion, plan: &Plan) {
+    let sizes = affordable(plan.transferred_bytes);
+    let study = Study {
+        name: "transfer_blackout",
+        machines: sizes.iter().map(|&bytes| (bytes, 1)).collect(),
+        variants: (0..sizes.len()).map(|machine| (machine, Way::Transfer)).collect(),
+        samples: plan.samples,
+        measured: OnceCell::new(),
+    };
+    for (variant, size) in sizes.iter().enumerate() {
+        for (name, figure) in [("guest", GUEST), ("host", HOST), ("ambient", AMBIENT)] {
+            study.replay(criterion, variant, BenchmarkId::new(name, format!("{} MiB", size / MIB)), figure);
         }
     }
 }
@@ -219,7 +270,7 @@ fn affordable(sizes: &[u64]) -> Vec<u64> {
     for &size in sizes {
         if size + OVERHEAD > left {
             eprintln!(
-                "SKIPPED exec_blackout_ram/{} MiB: {} MiB of memory are left for it",
+                "SKIPPED: {} MiB of guest RAM, {} MiB of memory are left for it",
                 size / MIB,
                 left / MIB
             );

@@ -2,6 +2,7 @@
 //! whenever that fails.
 
 use std::io::{Read, Write};
+use std::os::fd::AsFd;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::Path;
 use std::sync::{Mutex, MutexGuard, PoisonError};
@@ -15,6 +16,7 @@ use vmm_core::payload::Command;
 const SEED: u64 = 41;
 const FILLED: u64 = 16 << 20;
 const SIGKILL: i32 = 9;
+const SIGTERM: i32 = 15;
 
 /// The guests of this file would take each other's CPUs.
 static ONE_AT_A_TIME: Mutex<()> = Mutex::new(());
@@ -338,6 +340,47 @@ fn a_target_that_its_user_ends_leaves_the_guest_where_it_is() -> anyhow::Result<
     wait_for("the guest's descriptors", PATIENCE, || (!target.cpr_socket().exists()).then_some(()))?;
     target.quit()?;
     fails_with(&mut source, &guest, "its user ended it")
+}
+
+#[test]
+fn a_waiting_target_ends_by_a_signal_and_leaves_nothing_behind() -> anyhow::Result<()> {
+    need_kvm!();
+    let _alone = alone();
+    let mut target = machine(1).args(&["-pidfile", "pid"]).target("unix:m").start()?;
+    ensure!(!target.path("pid").exists(), "the guest is not here");
+    process::send_signal(target.pid(), SIGTERM)?;
+    ensure!(target.wait_exit()? == Some(0), "{}", target.stderr());
+    ensure!(!target.cpr_socket().exists() && !target.path("qmp").exists());
+    Ok(())
+}
+
+#[test]
+fn a_connection_that_came_by_getfd_will_do_and_the_pidfile_follows_the_guest() -> anyhow::Result<()> {
+    need_kvm!();
+    let _alone = alone();
+    let folder = tempfile::tempdir()?;
+    let pidfile = folder.path().join("pid");
+    let machine = || machine(1).args(&["-pidfile", &pidfile.display().to_string()]);
+    let mut source = machine().start()?;
+    let guest = source.guest()?;
+    guest.fill(FILLED, SEED)?;
+    let mut target = machine().target("memfd:").start()?;
+    let pid_in_file = || -> anyhow::Result<u32> { Ok(std::fs::read_to_string(&pidfile)?.trim().parse()?) };
+    ensure!(pid_in_file()? == source.pid());
+    let connection = UnixStream::connect(target.cpr_socket())?;
+    source.qmp().execute_with_fds("getfd", json!({ "fdname": "cpr" }), &[connection.as_fd()])?;
+    drop(connection);
+    let line = "migrate -d memfd: cpr=fd:cpr";
+    source.qmp().execute("migrate-set-parameters", json!({ "mode": "cpr-transfer" }))?;
+    source.qmp().execute("human-monitor-command", json!({ "command-line": line }))?;
+    wait_for("the guest", PATIENCE, || (target.status().ok()? == "running").then_some(()))?;
+    goes_on(&mut target, &guest)?;
+    ensure!(!target.stderr().contains("is not used by this program"), "{}", target.stderr());
+    source.quit()?;
+    ensure!(pid_in_file()? == target.pid());
+    target.quit()?;
+    ensure!(!pidfile.exists());
+    Ok(())
 }
 
 #[test]

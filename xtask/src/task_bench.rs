@@ -20,6 +20,8 @@ use crate::tools::{Paint, cargo, kvm_obstacle, ms, release_binary, run, workspac
 
 /// Blackout of cpr-exec that a guest with one vCPU may see, median.
 const BLACKOUT_LIMIT: Duration = Duration::from_millis(4);
+/// Blackout of cpr-transfer, the same.
+const TRANSFER_LIMIT: Duration = Duration::from_micros(500);
 /// Blackout with the most RAM populated, as a multiple of that with the least.
 const RAM_RATIO_LIMIT: f64 = 1.5;
 /// Blackout of the most vCPUs on the host's timeline, as a multiple of that of one.
@@ -30,6 +32,7 @@ const BENCHES: [(&str, &str); 2] = [("cpr-core", "core"), ("vmm", "exec_blackout
 
 const RAM: &str = "exec_blackout_ram";
 const VCPUS: &str = "exec_blackout_vcpus";
+const TRANSFER: &str = "transfer_blackout";
 
 /// Arguments of `cargo xtask bench`.
 #[derive(Debug, Args)]
@@ -89,6 +92,7 @@ pub(crate) fn bench(arguments: &BenchArgs) -> Result<bool> {
     let mut verdicts = Vec::new();
     print_ram(&results, &mut verdicts);
     print_vcpus(&results, &mut verdicts);
+    print_transfer(&results, &mut verdicts);
     print_others(&results);
     print_noise(&results, load);
     for verdict in &verdicts {
@@ -222,9 +226,40 @@ fn print_vcpus(results: &Results, verdicts: &mut Vec<Verdict>) {
     }
 }
 
+fn print_transfer(results: &Results, verdicts: &mut Vec<Verdict>) {
+    let sizes = results.values(TRANSFER);
+    if sizes.is_empty() {
+        return;
+    }
+    println!(
+        "{}",
+        Paint::stdout().bold("cpr-transfer blackout over RAM that the guest populated, 1 vCPU, ms")
+    );
+    println!(
+        "{:>10} {:>8} | {:>8} {:>8} | {:>8} {:>8} | {:>8} {:>8}",
+        "populated", "updates", "guest", "worst", "host", "worst", "ambient", "worst"
+    );
+    for size in &sizes {
+        let figure = |function| results.find(TRANSFER, function, size);
+        let Some(guest) = figure("guest") else { continue };
+        println!(
+            "{size:>10} {:>8} | {} | {} | {}",
+            guest.count(),
+            pair(Some(guest)),
+            pair(figure("host")),
+            pair(figure("ambient")),
+        );
+        let text = format!("guest-seen median of a transfer, {size} populated");
+        let limit = TRANSFER_LIMIT.as_secs_f64() * 1e3;
+        verdicts.push(Verdict::new(&text, guest.median().as_secs_f64() * 1e3, limit, " ms"));
+    }
+    println!();
+}
+
 /// All other benchmarks, one line each.
 fn print_others(results: &Results) {
-    let others: Vec<_> = results.figures().filter(|figure| ![RAM, VCPUS].contains(&figure.group())).collect();
+    let others: Vec<_> =
+        results.figures().filter(|figure| ![RAM, VCPUS, TRANSFER].contains(&figure.group())).collect();
     if others.is_empty() {
         return;
     }

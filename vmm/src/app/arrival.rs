@@ -10,6 +10,7 @@ use std::sync::Arc;
 use cpr_core::{Incoming, Stamp};
 use cpr_transfer::{Endpoint, SourceEnd, TransferArrival};
 
+use super::commands::named_fd;
 use super::{App, EarlyState, Exit, FrontEnd, RunState, User, WAITING, find_named_fds, take_early_state};
 use crate::arriving::{Arriving, Predecessor};
 use crate::chardev::{self, Chardev};
@@ -196,6 +197,10 @@ impl App {
 
     /// What a mode is told of the user's wish and of this program.
     pub(super) fn update_request(&self, Channels { main, cpr }: Channels) -> Result<Request, QmpError> {
+        let mut stays: Vec<String> = (0..self.parts.chardevs.len())
+            .filter(|&at| !self.travels(at))
+            .map(|at| chardev::registry_name(self.parts.chardevs[at].identity()))
+            .collect();
         let cpr = match cpr {
             None => None,
             Some(SocketAddress::Unix(path)) => Some(Endpoint::Path(path)),
@@ -204,14 +209,11 @@ impl App {
                 let fd =
                     fd.ok_or_else(|| QmpError::generic(format!("File descriptor named '{name}' not found")))?;
                 let copy = fd.try_clone().map_err(|error| QmpError::generic(error.to_string()))?;
+                stays.push(named_fd(&name));
                 Some(Endpoint::Connected(UnixStream::from(copy)))
             }
         };
-        let chardevs = self.parts.chardevs.iter().enumerate();
-        let stays = chardevs
-            .filter(|&(at, _)| !self.travels(at))
-            .map(|(_, chardev)| chardev::registry_name(chardev.identity()));
-        Ok(Request { main, cpr, original_mask: self.parts.original_mask, stays: stays.collect() })
+        Ok(Request { main, cpr, original_mask: self.parts.original_mask, stays })
     }
 }
 
