@@ -18,6 +18,8 @@ struct Machine {
     guest: Guest,
     /// What the program was started with.
     inherited: Vec<String>,
+    /// Good updates that it has been through when something goes wrong.
+    updates_before: u64,
 }
 
 const PATTERN_BYTES: u64 = 4 << 20;
@@ -39,7 +41,7 @@ impl Machine {
         vmm.qmp().execute("migrate-set-capabilities", json!({ "capabilities": events }))?;
         let inherited = inheritable(vmm.pid())?;
         assert!(inherited.iter().all(|fd| !fd.contains("kvm") && !fd.contains("ram0")), "{inherited:?}");
-        Ok(Machine { vmm, guest, inherited })
+        Ok(Machine { vmm, guest, inherited, updates_before: 0 })
     }
 
     fn path(&self, name: &str) -> String {
@@ -109,7 +111,7 @@ impl Machine {
     /// A good update after all that went wrong.
     fn updates(mut self) -> anyhow::Result<()> {
         let info = self.vmm.update()?;
-        assert_eq!(info["cpr"]["generation"], 1, "what failed is not counted");
+        assert_eq!(info["cpr"]["generation"], self.updates_before + 1, "what failed is not counted");
         self.guest.beats_on(0)?;
         self.guest.verify(PATTERN_BYTES, 5)?;
         self.runs_well()?;
@@ -327,6 +329,9 @@ fn a_second_migrate_is_refused_while_the_first_is_under_way() -> anyhow::Result<
 /// Brings a machine to the point where its new program waits for the state in `vm.state`.
 fn at_the_door(builder: VmmBuilder) -> anyhow::Result<Machine> {
     let mut machine = Machine::of(builder)?;
+    // Leaves a whole state behind: that of the update to come is written at the last moment.
+    machine.vmm.update_by_file()?;
+    machine.updates_before = 1;
     let command = machine.vmm.exec_command("defer");
     machine.vmm.set_exec(&command)?;
     machine.vmm.qmp().execute("migrate", json!({ "uri": "file:vm.state" }))?;
@@ -334,10 +339,12 @@ fn at_the_door(builder: VmmBuilder) -> anyhow::Result<Machine> {
     Ok(machine)
 }
 
-/// The state as the old program wrote it in advance, where it does not write it once more.
+/// The state of the update before, as if it were of this one.
 fn copy(machine: &Machine) -> anyhow::Result<PathBuf> {
     let copy = machine.vmm.path("vm.copy");
-    fs::copy(machine.vmm.path("vm.state"), &copy)?;
+    fs::copy(machine.vmm.path("state1"), &copy)?;
+    let epoch = Frame::parse(&fs::read(machine.vmm.path("vm.state"))?)?.epoch;
+    rewrite_as(epoch, &copy, |_, _, _, _| {})?;
     Ok(copy)
 }
 
@@ -392,6 +399,15 @@ fn a_damaged_state_file_is_named() -> anyhow::Result<()> {
 
 /// Writes the frame in `path` anew, section by section.
 fn rewrite(path: &Path, change: impl Fn(&str, u32, &mut u32, &mut Vec<u8>)) -> anyhow::Result<()> {
+    rewrite_as(Frame::parse(&fs::read(path)?)?.epoch, path, change)
+}
+
+/// The same, as a frame of update `epoch`.
+fn rewrite_as(
+    epoch: u64,
+    path: &Path,
+    change: impl Fn(&str, u32, &mut u32, &mut Vec<u8>),
+) -> anyhow::Result<()> {
     let mut frame = Frame::parse(&fs::read(path)?)?;
     let mut writer = FrameWriter::default();
     for key in frame.remaining() {
@@ -404,7 +420,7 @@ fn rewrite(path: &Path, change: impl Fn(&str, u32, &mut u32, &mut Vec<u8>)) -> a
     if path.with_extension("extra").exists() {
         writer.put("vmm/flux-capacitor", 0, 1, vec![1])?;
     }
-    Ok(fs::write(path, writer.finish(frame.epoch))?)
+    Ok(fs::write(path, writer.finish(epoch))?)
 }
 
 #[test]
