@@ -410,14 +410,16 @@ fn rewrite_as(
 ) -> anyhow::Result<()> {
     let mut frame = Frame::parse(&fs::read(path)?)?;
     let mut writer = FrameWriter::default();
-    for key in frame.remaining() {
+    let keys = frame.remaining();
+    for key in &keys {
         let (name, instance) = key.rsplit_once('/').expect("NAME/INSTANCE");
         let instance = instance.parse()?;
         let mut section = frame.require(name, instance)?;
         change(name, instance, &mut section.version, &mut section.body);
         writer.put(name, instance, section.version, section.body)?;
     }
-    if path.with_extension("extra").exists() {
+    let known = |key: &String| key.starts_with("vmm/flux-capacitor");
+    if path.with_extension("extra").exists() && !keys.iter().any(known) {
         writer.put("vmm/flux-capacitor", 0, 1, vec![1])?;
     }
     Ok(fs::write(path, writer.finish(epoch))?)
