@@ -319,12 +319,13 @@ impl Vmm {
         command
     }
 
-    /// Sets up cpr-exec with this command.
+    /// Sets up cpr-exec with this command, and with more time for it than a busy machine with many tests on it needs.
     ///
     /// # Errors
     /// QMP refuses.
     pub fn set_exec(&mut self, command: &[String]) -> anyhow::Result<()> {
-        let arguments = json!({ "mode": "cpr-exec", "cpr-exec-command": command });
+        let arguments =
+            json!({ "mode": "cpr-exec", "cpr-exec-command": command, "cpr-exec-timeout": 60_000 });
         self.qmp().execute("migrate-set-parameters", arguments).map(drop)
     }
 
