@@ -191,6 +191,8 @@ pub enum Direction {
     Both,
     /// As [`Both`](Self::Both), but for input: its front end takes none now.
     NoInput,
+    /// As [`Both`](Self::Both), but who wants to connect has to wait.
+    NoAccept,
     /// Room for pending output, and nothing else: input is another program's.
     Output,
 }
@@ -347,7 +349,7 @@ impl Chardev {
     /// What the loop should watch for chardev number `at`.
     pub fn interests(&self, at: usize, direction: Direction) -> Vec<Interest> {
         let mut interests = Vec::new();
-        let wants_input = direction == Direction::Both;
+        let wants_input = matches!(direction, Direction::Both | Direction::NoAccept);
         match &self.kind {
             Kind::Null => {}
             Kind::Stdio { input, .. } => {
@@ -356,6 +358,7 @@ impl Chardev {
                 );
             }
             _ if direction == Direction::Output => {}
+            Kind::Socket { connection: None, .. } if direction == Direction::NoAccept => {}
             Kind::Socket { listener: Some(listener), connection: None, .. } => {
                 interests.push(Interest::read(listener, Token::Accept(at)));
             }
