@@ -77,7 +77,7 @@ impl<'a> OwnershipWord<'a> {
         OwnershipWord { word, epoch }
     }
 
-    /// The raw value that `owner` has in attempt `epoch`; for code that can only compare words, as the keeper.
+    /// The raw value that `owner` has in attempt `epoch`.
     pub const fn value(epoch: Epoch, owner: Owner) -> u64 {
         epoch << STATE_BITS | owner.bits()
     }

@@ -71,6 +71,11 @@ impl<'a> Timeline<'a> {
         self.stamps[stamp as usize].store(now_ns(), Ordering::Relaxed);
     }
 
+    /// Forgets a moment, for one that comes again: what was stamped for another reason does not count.
+    pub fn clear(&self, stamp: Stamp) {
+        self.stamps[stamp as usize].store(0, Ordering::Relaxed);
+    }
+
     /// Notes a moment that was read before the page could be reached, in nanoseconds of CLOCK_MONOTONIC.
     pub fn stamp_at(&self, stamp: Stamp, at_ns: u64) {
         self.stamps[stamp as usize].store(at_ns, Ordering::Relaxed);
@@ -117,7 +122,9 @@ impl<'a> Timeline<'a> {
         // ended, and is the blackout's beginning.
         match (self.at_ns(Stamp::DepartureExit), self.at_ns(Stamp::DepartureEntry)) {
             (Some(departure), None) => Some(departure),
-            _ => self.at_ns(Stamp::FirstExit),
+            // vCPUs that waited for their turns have no last exit of their own.
+            (Some(_), Some(_)) => self.at_ns(Stamp::FirstExit).or(self.at_ns(Stamp::StopRequested)),
+            (None, _) => self.at_ns(Stamp::FirstExit),
         }
     }
 

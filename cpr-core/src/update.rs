@@ -293,6 +293,8 @@ impl Update {
             State::Stop => {
                 let _span = tracing::info_span!("stop").entered();
                 self.control.timeline().stamp(Stamp::StopRequested);
+                // vCPUs may have stopped since for another reason, as a reset.
+                self.control.timeline().clear(Stamp::FirstExit);
                 self.stop_guest(host)?;
                 self.tell_again(Event::Stopped)?;
                 self.control.timeline().stamp(Stamp::Stopped);
@@ -397,6 +399,7 @@ impl Update {
                 Ok(Step::Again)
             }
             Introduced::Terminal(action) => {
+                self.control.timeline().clear(Stamp::DepartureExit);
                 self.stop_guest(host)?;
                 host.depart().map_err(|source| self.prepare_error(source))?;
                 host.request_terminal(action);

@@ -1,7 +1,7 @@
 //! The main channel: where the main frame is kept across the exec.
 //!
-//! A stream with a reader at its other end cannot work, since source and target are never alive together; so it is a
-//! file, or a memfd when no disk shall be touched.
+//! A stream with a reader at its other end cannot work: without a keeper source and target are never alive together, and
+//! with one the room for the state is taken before the exec. So it is a file, or a memfd when no disk shall be touched.
 
 use std::ffi::OsString;
 use std::fs::{File, OpenOptions};

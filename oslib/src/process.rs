@@ -84,7 +84,7 @@ pub fn name() -> io::Result<CString> {
     Ok(CString::new(name)?)
 }
 
-/// Gives this process, by its calling thread, another [name](name).
+/// Gives this process, by its calling thread, another [name](fn@name).
 ///
 /// # Errors
 /// None that the kernel documents.

@@ -236,6 +236,9 @@ impl VmmBuilder {
 /// Where a target of cpr-transfer waits, in its folder.
 const CPR_SOCKET: &str = "cpr.sock";
 
+/// What `cpr-exec-timeout` is at the start.
+const DEFAULT_LIMIT_MS: u64 = 5000;
+
 /// signal(7).
 const SIGKILL: i32 = 9;
 
@@ -319,13 +322,17 @@ impl Vmm {
         command
     }
 
-    /// Sets up cpr-exec with this command, and with more time for it than a busy machine with many tests on it needs.
+    /// Sets up cpr-exec with this command; unless a time limit was set, with more time than a busy machine with many
+    /// tests on it needs.
     ///
     /// # Errors
     /// QMP refuses.
     pub fn set_exec(&mut self, command: &[String]) -> anyhow::Result<()> {
-        let arguments =
-            json!({ "mode": "cpr-exec", "cpr-exec-command": command, "cpr-exec-timeout": 60_000 });
+        let mut arguments = json!({ "mode": "cpr-exec", "cpr-exec-command": command });
+        if self.qmp().execute("query-migrate-parameters", json!({}))?["cpr-exec-timeout"] == DEFAULT_LIMIT_MS
+        {
+            arguments["cpr-exec-timeout"] = 60_000.into();
+        }
         self.qmp().execute("migrate-set-parameters", arguments).map(drop)
     }
 

@@ -196,6 +196,8 @@ pub enum Direction {
     Both,
     /// As [`Both`](Self::Both), but for input: its front end takes none now.
     NoInput,
+    /// As [`Both`](Self::Both), but who wants to connect has to wait.
+    NoAccept,
     /// Room for pending output, and nothing else: input is another program's.
     Output,
 }
@@ -214,7 +216,7 @@ pub enum Input {
 enum Kind {
     Null,
     File,
-    Stdio { input: Option<Arc<OwnedFd>>, original: Option<Termios> },
+    Stdio { input: Option<Arc<OwnedFd>>, original: Option<Termios>, signal: bool },
     Socket { path: PathBuf, listener: Option<Arc<OwnedFd>>, connection: Option<Arc<OwnedFd>> },
 }
 
@@ -352,7 +354,7 @@ impl Chardev {
     /// What the loop should watch for chardev number `at`.
     pub fn interests(&self, at: usize, direction: Direction) -> Vec<Interest> {
         let mut interests = Vec::new();
-        let wants_input = direction == Direction::Both;
+        let wants_input = matches!(direction, Direction::Both | Direction::NoAccept);
         match &self.kind {
             Kind::Null => {}
             Kind::Stdio { input, .. } => {
@@ -361,6 +363,7 @@ impl Chardev {
                 );
             }
             _ if direction == Direction::Output => {}
+            Kind::Socket { connection: None, .. } if direction == Direction::NoAccept => {}
             Kind::Socket { listener: Some(listener), connection: None, .. } => {
                 interests.push(Interest::read(listener, Token::Accept(at)));
             }
@@ -462,6 +465,15 @@ impl Chardev {
         }
     }
 
+    /// Sets the terminal's modes again, after another program that had it has ended.
+    pub fn reclaim_terminal(&self) {
+        if let Kind::Stdio { input: Some(input), original: Some(original), signal } = &self.kind
+            && let Err(error) = oslib::term::set(input, &original.make_raw(*signal))
+        {
+            tracing::debug!(%error, "the terminal is gone");
+        }
+    }
+
     fn release_terminal(&mut self) {
         if let Kind::Stdio { original, .. } = &mut self.kind
             && let Some(original) = original.take()
@@ -526,7 +538,7 @@ fn open_stdio(output: &Output, signal: bool, state: Option<ChardevState>) -> any
     let sink = if oslib::stream::is_regular_file(&sink) { Sink::File(sink) } else { Sink::Blocking(sink) };
     output.connect(sink, pending(state));
     let at_end = saved.is_some_and(|(connected, _)| !connected);
-    Ok(Kind::Stdio { input: (!at_end).then_some(input), original })
+    Ok(Kind::Stdio { input: (!at_end).then_some(input), original, signal })
 }
 
 /// Which socket to open.

@@ -18,6 +18,9 @@ use crate::cli::config::TraceConfig;
 pub const SPANS: &[&str] = &[
     "preflight",
     "prepare",
+    "introduce",
+    "depart",
+    "await-target",
     "stop",
     "save",
     "hand-over",

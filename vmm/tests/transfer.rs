@@ -418,6 +418,43 @@ fn echo(line: &mut UnixStream) -> anyhow::Result<()> {
 }
 
 #[test]
+fn who_connects_to_the_serial_line_meanwhile_waits_for_the_guest() -> anyhow::Result<()> {
+    need_kvm!();
+    let _alone = alone();
+    let folder = tempfile::tempdir()?;
+    let serial = folder.path().join("serial");
+    let option = format!("unix:{},server=on,wait=off", serial.display());
+    let machine = || machine(1).args(&["-serial", &option]);
+    let mut source = machine().start()?;
+    let guest = source.guest()?;
+    guest.fill(FILLED, SEED)?;
+    guest.run(Command::Echo { on: true })?;
+    let connect = || -> anyhow::Result<UnixStream> {
+        let line = UnixStream::connect(&serial)?;
+        line.set_read_timeout(Some(PATIENCE))?;
+        Ok(line)
+    };
+    // One that fails leaves them to the source, one that succeeds to the target.
+    let mut target = machine().target("defer").start()?;
+    source.begin_transfer(&target.cpr_socket())?;
+    wait_for("the guest's descriptors", PATIENCE, || (!target.cpr_socket().exists()).then_some(()))?;
+    let mut line = connect()?;
+    ensure!(target.status()? == "inmigrate");
+    source.qmp().execute("migrate_cancel", json!({}))?;
+    ends_with(&mut target, "the source took the guest back")?;
+    echo(&mut line)?;
+    drop(line);
+    let mut target = machine().target("defer").start()?;
+    source.begin_transfer(&target.cpr_socket())?;
+    wait_for("the guest's descriptors", PATIENCE, || (!target.cpr_socket().exists()).then_some(()))?;
+    let mut line = connect()?;
+    ensure!(source.status()? == "running" && target.status()? == "inmigrate");
+    target.qmp().execute("migrate-incoming", json!({ "uri": "memfd:" }))?;
+    echo(&mut line)?;
+    goes_on(&mut target, &guest)
+}
+
+#[test]
 fn the_serial_connection_moves_with_the_guest() -> anyhow::Result<()> {
     need_kvm!();
     let _alone = alone();

@@ -162,17 +162,38 @@ impl App {
     /// The guest is in another process, for good.
     pub(super) fn guest_moved_out(&mut self) {
         self.set_run_state(RunState::PostMigrate);
+        self.let_go_of_guests();
+        self.parts.named_fds.clear();
+    }
+
+    fn let_go_of_guests(&mut self) {
         for at in 0..self.parts.chardevs.len() {
             if self.travels(at) {
                 self.parts.chardevs[at].let_go();
             }
         }
-        self.parts.named_fds.clear();
+    }
+
+    /// At the end of a target that did not get the guest: what the source goes on with, socket paths above all, is let alone.
+    pub(super) fn leave_to_source(&mut self) {
+        if self.parts.config.incoming_cpr.is_none() || self.parts.run_state != RunState::InMigrate {
+            return;
+        }
+        self.let_go_of_guests();
     }
 
     /// Whether chardev number `at` goes with the guest.
     pub(super) fn travels(&self, at: usize) -> bool {
         self.parts.front_ends[at].is_guests_only() && chardev::travels(&self.parts.config.chardevs[at])
+    }
+
+    /// Whether chardev number `at` is about to go from one process to another, and both have its descriptors: a connection
+    /// that one of them took would be lost to the other.
+    pub(super) fn is_in_transfer(&self, at: usize) -> bool {
+        let from = self.parts.arriving.as_ref().map(|arriving| &arriving.from);
+        let comes = matches!(from, Some(Predecessor::Transfer(_)));
+        let goes = self.moves_out && self.update.is_some();
+        (comes || goes) && self.travels(at)
     }
 
     /// Input that COM1 has no room for.

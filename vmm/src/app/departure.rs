@@ -7,6 +7,7 @@
 use anyhow::Context;
 
 use super::{App, FrontEnd, RunState, User};
+use crate::chardev::Chardev;
 use crate::event_loop::EventLoop;
 use crate::migration::Status;
 
@@ -77,6 +78,8 @@ impl App {
             Ok(events) => self.events = events,
             Err(error) => tracing::error!(%error, "signals may go unnoticed"),
         }
+        // The program that failed gave it back to whoever started it.
+        self.parts.chardevs.iter().for_each(Chardev::reclaim_terminal);
         self.tell_resets();
         // As it is told after a farewell that led nowhere.
         self.stop_told = true;

@@ -520,6 +520,8 @@ impl Host for App {
             _ if self.guest_has_ended() => Ok(()),
             GuestActivity::Running => Ok(self.run_guest()?),
             GuestActivity::Paused => {
+                // Threads that ended for a departure are looked for by monitors.
+                self.hardware()?.machine.recall_threads()?;
                 self.set_run_state(self.state_before_update);
                 Ok(())
             }

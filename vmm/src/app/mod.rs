@@ -227,7 +227,12 @@ impl App {
         interests.extend(self.arrival_fds().iter().map(|fd| Interest::read(fd, Token::Incoming)));
         interests.push(Interest::read_forever(&self.parts.signals, Token::Signals));
         for (at, chardev) in self.parts.chardevs.iter().enumerate() {
-            let direction = if self.wants_input(at) { Direction::Both } else { Direction::NoInput };
+            let direction = match (self.wants_input(at), self.is_in_transfer(at)) {
+                (true, false) => Direction::Both,
+                (false, false) => Direction::NoInput,
+                (true, true) => Direction::NoAccept,
+                (false, true) => Direction::Output,
+            };
             interests.extend(chardev.interests(at, direction));
         }
         if let Some((keeper, _)) = &self.keeper {
@@ -264,7 +269,8 @@ impl App {
                 if ready.writable {
                     self.parts.chardevs[at].flush();
                 }
-                if ready.readable && matches!(ready.token, Token::Peer(_)) {
+                // A keeper sends what the guest prints; input is another program's.
+                if ready.readable && matches!(ready.token, Token::Peer(_)) && !self.departed {
                     self.read_input(at);
                 }
             }
@@ -435,6 +441,7 @@ impl App {
         self.emit_shutdown(exit);
         self.deliver_events();
         self.flush_output();
+        self.leave_to_source();
         self.parts.chardevs.iter_mut().for_each(Chardev::close);
         // Of a guest that moved here or from here it names another process, or none yet.
         let is_ours = |path: &&std::path::PathBuf| {

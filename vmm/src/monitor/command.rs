@@ -82,7 +82,7 @@ pub struct MigrationParameters {
     pub cpr_exec_timeout: Option<u64>,
     /// Milliseconds that it may wait for a `migrate-incoming`; 0 for no limit.
     pub cpr_defer_timeout: Option<u64>,
-    /// Whether a keeper takes the old address space off the update's path. For comparison only, hence the `x-`.
+    /// Whether the old VMM runs the guest, in a keeper, until the next one has it. For comparison only, hence the `x-`.
     pub x_cpr_exec_keeper: Option<bool>,
 }
 
