@@ -400,7 +400,7 @@ fn a_program_that_hangs_is_ended_before_the_server_goes_on() {
     let answer = control.ask("!update");
     assert_eq!(
         answer,
-        "!failed: cpr-exec could not prepare: the new program was killed: the new program has made no progress for 700ms"
+        "!failed: cpr-exec could not prepare: the new program was killed: the new program has made no progress for 700ms (building)"
     );
     assert_eq!(echo.follow(), Exit::Signaled(SIGKILL));
     assert_eq!(client.ask("line"), "half-line");
