@@ -2,6 +2,7 @@
 //! steps of a restore that its environment names, or fails as a target the way it says. Apart from that it is the program of `main.rs`.
 
 pub mod app;
+pub mod arriving;
 pub mod chardev;
 pub mod cli;
 pub mod errors;
