@@ -125,6 +125,7 @@ impl App {
         let output = startup::serial_output(&parts.config, &parts.chardevs);
         let hardware = ram.into_hardware(&parts.config, output, parts.observer.clone())?;
         hardware.complete(&cpuid, &control)?;
+        hardware.populate(&control)?;
         control.timeline().stamp(Stamp::Built);
         Ok(hardware)
     }
