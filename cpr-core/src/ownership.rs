@@ -78,7 +78,7 @@ impl<'a> OwnershipWord<'a> {
     }
 
     /// The raw value that `owner` has in attempt `epoch`.
-    pub const fn value(epoch: Epoch, owner: Owner) -> u64 {
+    const fn value(epoch: Epoch, owner: Owner) -> u64 {
         epoch << STATE_BITS | owner.bits()
     }
 

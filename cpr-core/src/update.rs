@@ -277,17 +277,16 @@ impl Update {
             }
             State::Await => {
                 let _span = tracing::info_span!("await-target").entered();
-                // A target that was ended by its user takes the guest with it.
-                if self.control.ownership().owner() == Some(Owner::Target) {
+                // A target that its user ends before it has asked for the state takes the guest with it.
+                if self.is_committed() {
+                    return Ok(Step::Finished(Outcome::HandedOver));
+                }
+                let prepared = self.mode.await_target(&attempt(&self.control, &self.services));
+                // Once more: the mode has drained the ring that told it.
+                if self.is_committed() {
                     return Ok(Step::Finished(Outcome::HandedOver));
                 }
                 self.state = State::Await;
-                let prepared = self.mode.await_target(&attempt(&self.control, &self.services));
-                // Its user has ended it, guest and all, before it asked for the state.
-                if self.control.ownership().owner() == Some(Owner::Target) {
-                    self.state = State::Finished;
-                    return Ok(Step::Finished(Outcome::HandedOver));
-                }
                 self.after_prepare(prepared, State::Stop)
             }
             State::Stop => {
@@ -454,6 +453,10 @@ impl Update {
 
     fn hand_over_error(&self, source: BoxError) -> UpdateError {
         UpdateError::HandOver { mode: self.info.id.clone(), source }
+    }
+
+    fn is_committed(&self) -> bool {
+        self.control.ownership().owner() == Some(Owner::Target)
     }
 
     fn is_over(&self) -> bool {

@@ -354,23 +354,13 @@ const KILLED_WITHIN: Duration = Duration::from_secs(10);
 
 /// Ends the process that could not take over: it must not touch anything once the guest runs again.
 fn end_successor(successor: &PidFd) {
-    let ended = match successor.send_signal(SIGKILL) {
-        Err(error) if error.raw_os_error() == Some(ESRCH) => Ok(true),
-        Err(error) => Err(error),
-        Ok(()) => successor.wait_exited(KILLED_WITHIN),
-    };
-    match ended {
+    match successor.kill().and_then(|()| successor.wait_exited(KILLED_WITHIN)) {
         Ok(true) => {}
         // Pid 1 of a container cannot be killed from inside. It cannot commit any more either.
         Ok(false) => tracing::error!("the new program could not be ended"),
         Err(error) => tracing::error!(%error, "the new program could not be ended"),
     }
 }
-
-/// signal(7).
-const SIGKILL: i32 = 9;
-/// errno(3).
-const ESRCH: i32 = 3;
 
 /// What the last act leaves for the program when it goes on in the keeper.
 #[derive(Debug)]

@@ -316,11 +316,7 @@ fn end_target(process: &PidFd, patience: Duration) {
             return Ok(true);
         }
         tracing::warn!("the target does not end, and is killed");
-        match process.send_signal(SIGKILL) {
-            Err(error) if error.raw_os_error() == Some(ESRCH) => Ok(true),
-            Err(error) => Err(error),
-            Ok(()) => process.wait_exited(KILLED_WITHIN),
-        }
+        process.kill().and_then(|()| process.wait_exited(KILLED_WITHIN))
     });
     match ended {
         Ok(true) => {}
@@ -329,8 +325,3 @@ fn end_target(process: &PidFd, patience: Duration) {
         Err(error) => tracing::error!(%error, "the target could not be ended"),
     }
 }
-
-/// signal(7).
-const SIGKILL: i32 = 9;
-/// errno(3).
-const ESRCH: i32 = 3;

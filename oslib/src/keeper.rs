@@ -163,10 +163,7 @@ impl Keeper {
         let Some(stack) = self.stack.take() else { return Ok(()) };
         // Whatever goes wrong from here on, memory that a process may be running on stays.
         let stack = std::mem::ManuallyDrop::new(stack);
-        match self.pidfd.send_signal(libc::SIGKILL) {
-            Err(error) if error.raw_os_error() != Some(libc::ESRCH) => return Err(error),
-            _ => {}
-        }
+        self.pidfd.kill()?;
         match self.pidfd.reap() {
             Ok(_) => {}
             // Somebody else reaped it, or the kernel did because SIGCHLD is ignored: that is an end, too.

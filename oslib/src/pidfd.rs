@@ -69,6 +69,17 @@ impl PidFd {
         Ok(())
     }
 
+    /// Sends SIGKILL. A process that is gone already has had what it was to get.
+    ///
+    /// # Errors
+    /// EPERM.
+    pub fn kill(&self) -> io::Result<()> {
+        match self.send_signal(libc::SIGKILL) {
+            Err(error) if error.raw_os_error() == Some(libc::ESRCH) => Ok(()),
+            result => result,
+        }
+    }
+
     /// Whether the process has ended, reaped or not.
     ///
     /// # Errors
