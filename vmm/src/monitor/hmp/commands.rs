@@ -406,8 +406,8 @@ fn migrate_set_parameter(context: &mut Context<'_, '_>, args: &Arguments) -> Res
             })?;
             parameters.cpr_exec_command = Some(command);
         }
-        "cpr-exec-timeout" => parameters.cpr_exec_timeout = Some(milliseconds(value)?),
-        "cpr-defer-timeout" => parameters.cpr_defer_timeout = Some(milliseconds(value)?),
+        "cpr-exec-timeout" => parameters.cpr_exec_timeout = Some(milliseconds("cpr-exec-timeout", value)?),
+        "cpr-defer-timeout" => parameters.cpr_defer_timeout = Some(milliseconds("cpr-defer-timeout", value)?),
         "x-cpr-exec-keeper" => parameters.x_cpr_exec_keeper = Some(on_or_off(value)?),
         name => {
             return Err(QmpError::generic(format!(
@@ -419,8 +419,9 @@ fn migrate_set_parameter(context: &mut Context<'_, '_>, args: &Arguments) -> Res
     context.execute(Command::MigrateSetParameters(parameters))
 }
 
-fn milliseconds(word: &str) -> Result<u64, QmpError> {
-    word.parse().map_err(|_| QmpError::generic(format!("expected a number of milliseconds, not '{word}'")))
+fn milliseconds(name: &str, word: &str) -> Result<u64, QmpError> {
+    let error = || QmpError::generic(format!("{name}: expected a number of milliseconds, not '{word}'"));
+    word.parse().map_err(|_| error())
 }
 
 fn on_or_off(word: &str) -> Result<bool, QmpError> {
