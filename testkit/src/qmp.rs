@@ -161,14 +161,28 @@ impl Qmp {
     /// # Errors
     /// It does not come.
     pub fn event_where(&mut self, name: &str, pleases: impl Fn(&Value) -> bool) -> anyhow::Result<Value> {
+        self.next_event(&[name], |event| pleases(&event["data"]))
+    }
+
+    /// Waits for the next event of one of those names, and drops the events before it.
+    ///
+    /// # Errors
+    /// None of them comes.
+    pub fn event_of(&mut self, names: &[&str]) -> anyhow::Result<Value> {
+        self.next_event(names, |_| true)
+    }
+
+    fn next_event(&mut self, names: &[&str], pleases: impl Fn(&Value) -> bool) -> anyhow::Result<Value> {
         let deadline = Instant::now() + PATIENCE;
         loop {
             let event = match self.events.pop_front() {
                 Some(event) => event,
-                None => self.read(deadline).with_context(|| format!("waiting for event {name}"))?,
+                None => self
+                    .read(deadline)
+                    .with_context(|| format!("waiting for event {}", names.join(" or ")))?,
             };
             ensure!(event.get("event").is_some(), "a reply that nobody asked for: {event}");
-            if event["event"] == name && pleases(&event["data"]) {
+            if names.iter().any(|name| event["event"] == *name) && pleases(&event) {
                 return Ok(event);
             }
         }

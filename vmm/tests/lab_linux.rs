@@ -173,14 +173,25 @@ impl Linux {
         self.vmm.migrate(uri).with_context(|| format!("says: {}", self.vmm.stderr()))
     }
 
-    /// Waits for the end of the process, and checks that it is a good one for this reason.
+    /// Waits for the end of the process, and checks that it is a good one for this reason. A reset instead is an error at once.
     fn ends(mut self, reason: &str) -> anyhow::Result<()> {
-        let event = self.vmm.qmp().event("SHUTDOWN")?;
-        ensure!(event["data"] == json!({ "guest": true, "reason": reason }), "{event}");
+        self.ends_by(reason).with_context(|| {
+            // What it prints, and what it may go on to do.
+            let _ = self.shell.expect("what nobody prints", Duration::from_secs(10));
+            format!("the VMM says {:?}; the guest {:?}", self.vmm.stderr(), self.shell.transcript())
+        })?;
         let code = self.vmm.wait_exit()?;
         ensure!(code == Some(0), "exit code {code:?}: {}", self.vmm.stderr());
         ensure!(self.vmm.stderr().is_empty(), "it complained: {}", self.vmm.stderr());
         self.step(&format!("the end: {reason}"));
+        Ok(())
+    }
+
+    fn ends_by(&mut self, reason: &str) -> anyhow::Result<()> {
+        // Those of the past.
+        self.vmm.qmp().take_events();
+        let event = self.vmm.qmp().event_of(&["SHUTDOWN", "RESET"])?;
+        ensure!(event["data"] == json!({ "guest": true, "reason": reason }), "{event}");
         Ok(())
     }
 }

@@ -153,7 +153,11 @@ impl App {
     }
 
     fn guest_reset(&mut self, event: &VcpuEvent) {
-        tracing::info!(?event, "the guest asked for a reset");
+        match event {
+            // Some guests do it to reset; others did not mean to.
+            VcpuEvent::TripleFault { vcpu } => tracing::warn!(vcpu, "the guest resets by a triple fault"),
+            other => tracing::info!(event = ?other, "the guest asked for a reset"),
+        }
         if self.parts.config.no_reboot {
             self.exit.get_or_insert(Exit::GuestReset);
         } else if let Err(error) = self.reset_machine(true) {
