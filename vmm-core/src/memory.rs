@@ -172,6 +172,14 @@ pub enum MemoryError {
         #[source]
         source: io::Error,
     },
+    /// The configuration is of a kind whose content does not stay anywhere.
+    #[error(
+        "memory backend {id}: the guest's memory stayed in a file, so it must be a memory-backend-file with share=on"
+    )]
+    NotKept {
+        /// The backend.
+        id: String,
+    },
     /// The page tables could not be filled.
     #[error("guest RAM cannot be mapped ahead: {0}")]
     Populate(#[source] io::Error),
@@ -266,13 +274,11 @@ impl Backend {
     /// Opens memory that an earlier VMM left in a file. Nothing is created, nor changed in length.
     ///
     /// # Errors
-    /// [`MemoryError::Open`] if the file is missing, [`MemoryError::OtherSize`], and [`MemoryError::Adopt`] for a kind
-    /// whose contents cannot have stayed.
+    /// [`MemoryError::Open`] if the file is missing, [`MemoryError::OtherSize`], and [`MemoryError::NotKept`].
     pub fn reopen(config: BackendConfig) -> Result<Self, MemoryError> {
         config.check()?;
         let BackendKind::File { path, share: true } = &config.kind else {
-            let problem = "was a file with share=on, and the configuration says something else".to_owned();
-            return Err(MemoryError::Adopt { id: config.id, problem });
+            return Err(MemoryError::NotKept { id: config.id });
         };
         let fail = |source| MemoryError::Open { id: config.id.clone(), path: path.to_owned(), source };
         let file = OpenOptions::new().read(true).write(true).open(path).map_err(fail)?;
@@ -649,7 +655,7 @@ mod tests {
 
         let private = BackendKind::Ram { share: false };
         let ram = GuestRam::map(&Backend::create(config(MIB, private)).unwrap()).unwrap();
-        assert_eq!(ram.extents().unwrap(), [0..MIB]);
+        assert_eq!(ram.extents().unwrap(), std::slice::from_ref(&(0..MIB)));
     }
 
     #[test]
