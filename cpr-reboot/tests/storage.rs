@@ -210,6 +210,7 @@ fn memory_stays_in_its_file_and_is_used_once() {
     drop(state);
     let (_, _, state) = go_on(&path, 0).unwrap();
     state.mark_used().unwrap();
+    drop(state);
     assert!(refused(&path).contains("was used already"));
     assert!(stored.take_back().unwrap_err().to_string().contains("was used already"));
 

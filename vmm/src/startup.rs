@@ -142,7 +142,11 @@ struct Guest {
 /// A program that no update has started, and that is to boot nothing, finds its guest in a file.
 fn check_storage(config: &Config) -> anyhow::Result<()> {
     match &config.incoming {
-        None | Some(config::Incoming::Defer | config::Incoming::Channel(Channel::File { .. })) => Ok(()),
+        None | Some(config::Incoming::Defer) => Ok(()),
+        // Only looked at, so that a wrong one ends the program before it has made anything.
+        Some(config::Incoming::Channel(Channel::File { path, offset })) => {
+            app::open_state(path, *offset).map(drop).context("-incoming")
+        }
         Some(config::Incoming::Channel(channel)) => bail!(
             "-incoming: '{channel}': this program was not started by an update, so the guest can only be in a file \
              that cpr-reboot wrote (file:PATH)"
@@ -263,8 +267,8 @@ fn build(
     original_mask: SignalMask,
     Guest { arriving, early, listening, in_storage }: Guest,
 ) -> anyhow::Result<App> {
-    // While the guest is in another process, that is the one to be found.
-    if listening.is_none() {
+    // While the guest is in another process, that is the one to be found; and none while it is in storage.
+    if listening.is_none() && !in_storage {
         write_pidfile(&config)?;
     }
     // The source watches that this program gets on.

@@ -64,7 +64,7 @@ impl Storage {
 
     /// The same machine, to go on with the guest.
     fn wake(&self, cpus: u8) -> anyhow::Result<Vmm> {
-        self.machine(cpus).args(&["-incoming", &self.uri()]).start()
+        self.machine(cpus).incoming(&self.uri()).start()
     }
 }
 
@@ -184,7 +184,7 @@ fn ram_is_copied_from_shared_and_from_private_memory() -> anyhow::Result<()> {
     need_kvm!();
     let _alone = alone();
     let storage = Storage::new()?;
-    let wake = |ram: &str| machine(2, ram).args(&["-incoming", &storage.uri()]).start();
+    let wake = |ram: &str| machine(2, ram).incoming(&storage.uri()).start();
     let mut vmm = machine(2, &memfd(true)).start()?;
     let guest = vmm.guest()?;
     guest.fill(FILLED, SEED)?;
@@ -234,8 +234,7 @@ fn a_paused_guest_stays_paused_with_its_serial_input() -> anyhow::Result<()> {
     store(&mut vmm, &storage.uri())?;
     vmm.quit()?;
     let (stdio, mut console): (_, Console) = pipes()?;
-    let mut vmm =
-        storage.machine(1).args(&["-serial", "stdio", "-incoming", "defer"]).stdio(stdio).start()?;
+    let mut vmm = storage.machine(1).args(&["-serial", "stdio"]).incoming("defer").stdio(stdio).start()?;
     ensure!(vmm.status()? == "inmigrate");
     console.type_keys(";after")?;
     set_mode(&mut vmm)?;
@@ -259,7 +258,7 @@ fn defer_takes_the_mode_and_another_try() -> anyhow::Result<()> {
     set(&mut vmm, "x-ignore-shared")?;
     store(&mut vmm, &storage.uri())?;
     vmm.quit()?;
-    let mut vmm = storage.machine(1).args(&["-incoming", "defer"]).start()?;
+    let mut vmm = storage.machine(1).incoming("defer").start()?;
     let uri = storage.uri();
     let refused = |vmm: &mut Vmm, uri: &str| -> anyhow::Result<String> {
         Ok(vmm.qmp().refused("migrate-incoming", json!({ "uri": uri }))?.desc)
@@ -297,17 +296,14 @@ fn the_source_takes_its_guest_back_unless_another_has_it() -> anyhow::Result<()>
     source.qmp().execute("cont", json!({}))?;
     goes_on(&mut source, &guest, 1)?;
     // What is in the file is of a guest that has run on.
-    refuses(
-        storage.machine(1).args(&["-incoming", &storage.uri()]),
-        "was used already: the guest has run on since",
-    )?;
+    refuses(storage.machine(1).incoming(&storage.uri()), "was used already: the guest has run on since")?;
     goes_on(&mut source, &guest, 1)?;
     store(&mut source, &storage.uri())?;
     let mut target = storage.wake(1)?;
     let text = source.qmp().refused("cont", json!({}))?.desc;
     ensure!(text.contains("was used already"), "{text}");
     ensure!(source.status()? == "postmigrate");
-    refuses(storage.machine(1).args(&["-incoming", &storage.uri()]), "was used already")?;
+    refuses(storage.machine(1).incoming(&storage.uri()), "was used already")?;
     goes_on(&mut target, &guest, 1)?;
     source.quit()?;
     goes_on(&mut target, &guest, 1)?;
@@ -423,13 +419,13 @@ fn other_machines_and_other_files_are_refused() -> anyhow::Result<()> {
         .context("the state of the exec")?;
     std::fs::copy(exec_state, storage.at("exec.state"))?;
     let incoming = format!("file:{}", storage.at("exec.state").display());
-    refuses(storage.machine(1).args(&["-incoming", &incoming]), "cpr-exec is such a mode")?;
+    refuses(storage.machine(1).incoming(&incoming), "cpr-exec is such a mode")?;
 
     set(&mut vmm, "x-ignore-shared")?;
     store(&mut vmm, &storage.uri())?;
     vmm.quit()?;
     let uri = storage.uri();
-    let refused = |builder: VmmBuilder, reason: &str| refuses(builder.args(&["-incoming", &uri]), reason);
+    let refused = |builder: VmmBuilder, reason: &str| refuses(builder.incoming(&uri), reason);
     refused(storage.machine(2), "the guest has 1 vCPUs, the command line says 2")?;
     refused(machine(1, &storage.file_ram(2 * RAM)), "bytes of RAM, the command line says 134217728")?;
     refused(machine(1, &memfd(true)), "is in file")?;
@@ -471,7 +467,7 @@ fn damaged_ram_is_found_before_the_guest_runs() -> anyhow::Result<()> {
     bytes[middle] ^= 1;
     std::fs::write(storage.state(), bytes)?;
     let incoming = storage.uri();
-    refuses(machine(1, &memfd(true)).args(&["-incoming", &incoming]), "guest RAM 'ram0' is damaged at offset")
+    refuses(machine(1, &memfd(true)).incoming(&incoming), "guest RAM 'ram0' is damaged at offset")
 }
 
 /// A state file in its parts: both frames, and what follows.

@@ -456,6 +456,7 @@ impl App {
                 if let Err(error) = state.mark_used() {
                     tracing::warn!("{}", errors::text(&error));
                 }
+                self.guest_moved_in();
                 None
             }
         };

@@ -45,6 +45,7 @@ pub use host::{Arrived, EarlyState, FrontEndState, find_named_fds, read_machine,
 use lifecycle::Reset;
 pub use lifecycle::{Exit, RunState};
 pub use observer::BlackoutObserver;
+pub(crate) use storage::open_state;
 
 /// How long an orderly end waits for peers to take the last output.
 const LAST_WORDS: Duration = Duration::from_millis(200);

@@ -88,12 +88,7 @@ impl App {
     /// Opens the guest's state and RAM, and changes neither.
     fn look_at(&self, path: &Path, offset: u64) -> anyhow::Result<(StateFile, Ram)> {
         let config = &self.parts.config;
-        let state = StateFile::open(path, offset).map_err(|error| match error {
-            error @ FileError::NoRam { .. } => {
-                anyhow!("{error} (cpr-exec is such a mode: its state is for the program that it executes)")
-            }
-            error => error.into(),
-        })?;
+        let state = open_state(path, offset)?;
         let of_file = || format!("state file '{}'", path.display());
         let machine = read_machine(&mut state.read_main()?, config).with_context(of_file)?;
         machine.state.check().with_context(of_file)?;
@@ -140,6 +135,19 @@ impl App {
         let output = startup::serial_output(config, &self.parts.chardevs);
         ram.into_hardware(config, output, self.parts.observer.clone())
     }
+}
+
+/// Opens a state file.
+///
+/// # Errors
+/// No guest can be started from it, whatever the machine.
+pub(crate) fn open_state(path: &Path, offset: u64) -> anyhow::Result<StateFile> {
+    StateFile::open(path, offset).map_err(|error| match error {
+        error @ FileError::NoRam { .. } => {
+            anyhow!("{error} (cpr-exec is such a mode: its state is for the program that it executes)")
+        }
+        error => error.into(),
+    })
 }
 
 /// How to come by the RAM of this guest with this command line.
