@@ -1,5 +1,6 @@
 //! What a VMM (or any program with state worth keeping) implements to be updated.
 
+use std::path::PathBuf;
 use std::time::Instant;
 
 use crate::error::BoxError;
@@ -16,6 +17,15 @@ pub enum Backing {
         name: String,
         /// Registry id.
         id: u64,
+    },
+    /// As [`Shared`](Self::Shared), and a file that has a name: it is there when no process has it open any more.
+    File {
+        /// Registry name.
+        name: String,
+        /// Registry id.
+        id: u64,
+        /// The file's name.
+        path: PathBuf,
     },
     /// Private memory: it ends with this address space.
     Private,

@@ -31,6 +31,8 @@ bitflags::bitflags! {
         const SAME_KERNEL = 1 << 4;
         /// Assigned devices stay attached, with their DMA and interrupts running.
         const DEVICES_STAY_ATTACHED = 1 << 5;
+        /// Shared guest RAM is not copied: it is left in the file that it is in, and no process has to live meanwhile.
+        const RAM_IN_STORAGE = 1 << 6;
     }
 }
 

@@ -46,6 +46,8 @@ pub enum Stamp {
     DepartureEntry = 15,
     /// The program executed the target, and went on in the other process.
     Executed = 16,
+    /// State, and memory that had to be copied, are in storage: the source has nothing left to do.
+    Stored = 17,
 }
 
 impl Stamp {
@@ -111,7 +113,7 @@ impl<'a> Timeline<'a> {
                 .and_then(|begin| Some(self.at_ns(Stamp::LastEntry)?.saturating_sub(begin))),
             departure_ns: between(Stamp::DepartureExit, Stamp::DepartureEntry),
             prepare_ns: between(Stamp::Begin, Stamp::StopRequested),
-            total_ns: between(Stamp::Begin, Stamp::LastEntry),
+            total_ns: between(Stamp::Begin, Stamp::LastEntry).or(between(Stamp::Begin, Stamp::Stored)),
             phases: self.phases().unwrap_or_default(),
         }
     }
@@ -148,9 +150,10 @@ impl<'a> Timeline<'a> {
 }
 
 /// The pieces of the blackout, which add up to it, and the moment at which each ends.
-const PHASES: [(&str, Stamp); 8] = [
+const PHASES: [(&str, Stamp); 9] = [
     ("stop", Stamp::Stopped),
     ("save", Stamp::Saved),
+    ("store", Stamp::Stored),
     ("hand-over", Stamp::HandedOver),
     ("start", Stamp::TargetStarted),
     ("build", Stamp::Built),
@@ -162,8 +165,8 @@ const PHASES: [(&str, Stamp); 8] = [
 /// One piece of the blackout.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Phase {
-    /// `stop`, `save`, `hand-over`, `load`, `restore` or `resume`; and `start` and `build` after the third where the guest
-    /// stands still meanwhile.
+    /// `stop`, `save`, `hand-over`, `load`, `restore` or `resume`; `start` and `build` after the third where the guest
+    /// stands still meanwhile; and `store` in place of the third where the state goes to storage.
     pub name: String,
     /// Nanoseconds.
     pub ns: u64,
@@ -180,7 +183,8 @@ pub struct Report {
     pub departure_ns: Option<u64>,
     /// From the accepted command to the request to stop, nanoseconds; the guest ran.
     pub prepare_ns: Option<u64>,
-    /// From the accepted command to the last vCPU's first entry, nanoseconds.
+    /// From the accepted command to the last vCPU's first entry, nanoseconds; or, in a source that leaves the guest in
+    /// storage, until it is there.
     pub total_ns: Option<u64>,
     /// The blackout in pieces, in order.
     pub phases: Vec<Phase>,
@@ -209,6 +213,8 @@ mod tests {
         for (at, word) in words.iter().enumerate() {
             word.store(1000 + (at * at) as u64, Ordering::Relaxed);
         }
+        // No target has this one.
+        timeline.clear(Stamp::Stored);
         let report = timeline.report();
         assert_eq!(report.blackout_ns, Some(140));
         assert_eq!(report.phases.iter().map(|p| p.ns).sum::<u64>(), 140);
@@ -244,6 +250,25 @@ mod tests {
         let names: Vec<_> = report.phases.iter().map(|phase| phase.name.as_str()).collect();
         assert_eq!(names, ["start", "build", "stop", "save", "load", "resume"]);
         assert_eq!(report.phases.iter().map(|phase| phase.ns).sum::<u64>(), 40);
+    }
+
+    #[test]
+    fn a_source_that_stores_the_guest_tells_what_that_took() {
+        let words: Vec<_> = (0..Stamp::PLACES).map(|_| AtomicU64::new(0)).collect();
+        let timeline = Timeline::new(&words);
+        let stamps = [
+            (Stamp::Begin, 10),
+            (Stamp::StopRequested, 15),
+            (Stamp::FirstExit, 16),
+            (Stamp::Stopped, 17),
+            (Stamp::Saved, 20),
+            (Stamp::Stored, 50),
+        ];
+        stamps.iter().for_each(|&(stamp, at)| timeline.stamp_at(stamp, at));
+        let report = timeline.report();
+        let names: Vec<_> = report.phases.iter().map(|phase| (phase.name.as_str(), phase.ns)).collect();
+        assert_eq!(names, [("stop", 1), ("save", 3), ("store", 30)]);
+        assert_eq!((report.blackout_ns, report.total_ns), (None, Some(40)));
     }
 
     #[test]

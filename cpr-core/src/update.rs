@@ -60,15 +60,22 @@ impl Services {
     /// Every reason why `mode` is not possible now: blockers first, then what the memory rule finds.
     ///
     /// The memory rule holds for every mode that leaves RAM in place, by whatever name: memory that is not shared,
-    /// or whose descriptor is not in the registry, would be lost without a word.
+    /// or whose descriptor is not in the registry, would be lost without a word. So would shared memory without a name
+    /// under a mode that leaves it in storage.
     pub fn blocked_reasons(&self, mode: &ModeInfo, host: &dyn Host) -> Vec<BlockReason> {
         let mut reasons = self.blockers.reasons(mode);
         if mode.properties.contains(Properties::RAM_IN_PLACE) {
             reasons.extend(host.memory().iter().filter_map(|region| {
                 let name = &region.name;
                 let reason = match &region.backing {
-                    Backing::Shared { name: fd, id } if self.registry.contains(fd, *id) => return None,
-                    Backing::Shared { .. } => format!("Memory region {name} has no registered descriptor."),
+                    Backing::Shared { name: fd, id } | Backing::File { name: fd, id, .. }
+                        if self.registry.contains(fd, *id) =>
+                    {
+                        return None;
+                    }
+                    Backing::Shared { .. } | Backing::File { .. } => {
+                        format!("Memory region {name} has no registered descriptor.")
+                    }
                     Backing::Private => format!(
                         "Memory region {name} is not compatible with CPR. share=on is required for \
                          memory-backend objects, and guest RAM needs one (-machine memory-backend=ID)."
@@ -77,6 +84,24 @@ impl Services {
                         format!("Memory region {name} uses guest_memfd, which is not supported with CPR.")
                     }
                     Backing::Unknown => format!("Memory region {name} has no descriptor to carry over."),
+                };
+                Some(BlockReason(reason))
+            }));
+        }
+        if mode.properties.contains(Properties::RAM_IN_STORAGE) {
+            reasons.extend(host.memory().iter().filter_map(|region| {
+                let name = &region.name;
+                let reason = match &region.backing {
+                    // What is private is no shared memory to be left anywhere: the mode copies it.
+                    Backing::File { .. } | Backing::Private => return None,
+                    Backing::Shared { .. } => format!(
+                        "Memory region {name} is shared memory without a file, which ends with this process. Use \
+                         memory-backend-file with share=on, or switch x-ignore-shared off to have it copied."
+                    ),
+                    Backing::GuestMemfd => {
+                        format!("Memory region {name} uses guest_memfd, which is not supported with CPR.")
+                    }
+                    Backing::Unknown => format!("Memory region {name} is of unknown making."),
                 };
                 Some(BlockReason(reason))
             }));

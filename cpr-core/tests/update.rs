@@ -842,9 +842,35 @@ fn blockers_and_memory_forbid_every_mode_that_leaves_ram_in_place() {
 
     // A mode that copies RAM does not care what it is made of.
     begin(Properties::SAME_KERNEL, &host).unwrap();
+    // One that leaves shared memory in storage wants a file around it, and copies what is private.
+    let error = begin(Properties::RAM_IN_STORAGE, &host).unwrap_err();
+    let UpdateError::Blocked { reasons, .. } = &error else { panic!("{error}") };
+    let without_a_file = |name: &str| {
+        format!(
+            "Memory region {name} is shared memory without a file, which ends with this process. Use \
+             memory-backend-file with share=on, or switch x-ignore-shared off to have it copied."
+        )
+    };
+    assert_eq!(
+        reasons.iter().map(ToString::to_string).collect::<Vec<_>>(),
+        [
+            without_a_file("good"),
+            without_a_file("lost"),
+            "Memory region secret uses guest_memfd, which is not supported with CPR.".into(),
+            "Memory region rom is of unknown making.".into(),
+        ]
+    );
+    let file = |id| Backing::File { name: "ram0".into(), id, path: "/ram".into() };
+    host.memory = vec![region("good", file(0)), region("heap", Backing::Private)];
+    begin(Properties::RAM_IN_STORAGE, &host).unwrap();
     // One by one the reasons go away.
     drop(disk);
+    host.memory = vec![region("file", file(0)), region("lost", file(1))];
+    let error = begin(Properties::RAM_IN_PLACE, &host).unwrap_err().to_string();
+    assert!(error.ends_with("blocked: Memory region lost has no registered descriptor."), "{error}");
     host.memory.truncate(1);
+    begin(Properties::RAM_IN_PLACE, &host).unwrap();
+    host.memory = vec![region("good", shared(0))];
     begin(Properties::RAM_IN_PLACE, &host).unwrap();
     // And an owner that goes away takes the memory's descriptor with it.
     drop(ram);

@@ -11,6 +11,7 @@
 //! |---|---|
 //! | descriptors across exec | [`cloexec`], [`inherited`], [`exec`], [`environment`] |
 //! | memory with a descriptor | [`memfd`], [`mod@shared`], [`mapping`], [`populate`](mod@populate) |
+//! | files that outlive the process | [`storage`] |
 //! | descriptors across processes | [`scm`], [`uds`] |
 //! | processes | [`pidfd`], [`process`], [`keeper`] |
 //! | wake-ups, signals, time, terminals | [`eventfd`], [`signals`], [`clock`], [`term`], [`stream`] |
@@ -36,6 +37,7 @@ pub mod process;
 pub mod scm;
 pub mod shared;
 pub mod signals;
+pub mod storage;
 pub mod stream;
 pub mod term;
 pub mod uds;

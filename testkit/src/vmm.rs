@@ -114,6 +114,13 @@ impl VmmBuilder {
         self
     }
 
+    /// Has it go on with a guest that is in storage: `file:PATH`, or `defer`.
+    #[must_use]
+    pub fn incoming(mut self, main: &str) -> Self {
+        self.incoming = ["-incoming", main].map(String::from).to_vec();
+        self
+    }
+
     /// A command that starts the VMM, such as `unshare`.
     #[must_use]
     pub fn wrapper(mut self, words: &[&str]) -> Self {

@@ -11,6 +11,7 @@
 //! | the machine as a whole | [`machine`] |
 //! | vCPUs: threads, run loop, save and restore | [`vcpu`] |
 //! | what is saved, as it travels | [`state`] |
+//! | time beyond one boot of the host | [`time`] |
 //! | I/O ports, MMIO, small devices, COM1 | [`ports`], [`platform`], [`serial`] |
 //! | loading a kernel | [`boot`] |
 //! | a guest for tests and measurements | [`payload`] |
@@ -28,6 +29,7 @@ pub mod platform;
 pub mod ports;
 pub mod serial;
 pub mod state;
+pub mod time;
 pub mod vcpu;
 
 mod vm_state;

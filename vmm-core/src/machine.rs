@@ -26,6 +26,7 @@ use crate::platform::{self, Rtc};
 use crate::ports::{MmioBus, PortBus};
 use crate::serial::{COM1_IRQ, COM1_LEN, COM1_PORT, KvmIrqLine, Serial, SerialSink};
 use crate::state::{Blob, GsiRoute, MachineState, PlatformState, VcpuState};
+use crate::time::{Now, TimeState, realtime_ns};
 use crate::vcpu::{self, Environment, EventQueue, EventSender, RunObserver, Vcpus, event_queue};
 use crate::vm_state;
 
@@ -242,6 +243,28 @@ impl Machine {
         Ok(MachineState { vcpus: saving.wait()?, vm: vm?, serial, platform })
     }
 
+    /// Reads what a paused machine's time is measured by, for a target that another kernel may run.
+    ///
+    /// # Errors
+    /// A vCPU that runs, or the call that failed.
+    pub fn time(&self) -> Result<TimeState, MachineError> {
+        self.ready()?;
+        let mut vcpus = Vec::with_capacity(self.vcpus.count());
+        for index in 0..self.vcpus.count() {
+            vcpus.push(self.vcpus.on_one(index, |cpu| {
+                Ok((vcpu::read_msrs(&cpu.vcpu, &[vcpu::IA32_TSC])?[0].1, realtime_ns()))
+            })?);
+        }
+        let now =
+            Now::read().map_err(|source| MachineError::Host { what: "a time for another boot", source })?;
+        Ok(TimeState {
+            boot_id: now.boot_id,
+            realtime_ns: now.realtime_ns,
+            monotonic_ns: now.monotonic_ns,
+            vcpus,
+        })
+    }
+
     /// Gives a machine that has not run yet a saved state. The guest is told, when it runs, that it stood still.
     ///
     /// # Errors
@@ -259,7 +282,11 @@ impl Machine {
         vm_state::restore_after_vcpus(&self.vm, &state.vm)?;
         vm_state::restore_clock(&self.vm, &self.caps, &state.vm.clock)?;
         // What its first host let it set, it may have set; this host's own list may be shorter.
-        let list: Vec<u32> = state.vcpus[0].msrs.iter().map(|&(index, _)| index).collect();
+        let mut list: Vec<u32> = state.vcpus[0].msrs.iter().map(|&(index, _)| index).collect();
+        if list.contains(&vcpu::IA32_TSC) && self.vcpus.on_one(0, |cpu| Ok(cpu.vcpu.has_tsc_offset()))? {
+            // It came from another boot of the host, and is kept as an offset from now on.
+            list.retain(|&index| index != vcpu::IA32_TSC);
+        }
         *lock(&self.msr_list) = Some(list.into());
         *lock(&self.cpuid) = Some(state.vcpus.iter().map(|vcpu| vcpu.cpuid.clone()).collect());
         self.notify_guest_paused();

@@ -172,6 +172,14 @@ pub enum MemoryError {
         #[source]
         source: io::Error,
     },
+    /// The configuration is of a kind whose content does not stay anywhere.
+    #[error(
+        "memory backend {id}: the guest's memory stayed in a file, so it must be a memory-backend-file with share=on"
+    )]
+    NotKept {
+        /// The backend.
+        id: String,
+    },
     /// The page tables could not be filled.
     #[error("guest RAM cannot be mapped ahead: {0}")]
     Populate(#[source] io::Error),
@@ -261,6 +269,34 @@ impl Backend {
             }
         }
         Ok(backend)
+    }
+
+    /// Opens memory that an earlier VMM left in a file. Nothing is created, nor changed in length.
+    ///
+    /// # Errors
+    /// [`MemoryError::Open`] if the file is missing, [`MemoryError::OtherSize`], and [`MemoryError::NotKept`].
+    pub fn reopen(config: BackendConfig) -> Result<Self, MemoryError> {
+        config.check()?;
+        let BackendKind::File { path, share: true } = &config.kind else {
+            return Err(MemoryError::NotKept { id: config.id });
+        };
+        let fail = |source| MemoryError::Open { id: config.id.clone(), path: path.to_owned(), source };
+        let file = OpenOptions::new().read(true).write(true).open(path).map_err(fail)?;
+        let found = file.metadata().map_err(fail)?.len();
+        if found != config.size {
+            let what = path.display().to_string();
+            return Err(MemoryError::OtherSize { id: config.id, what, expected: config.size, found });
+        }
+        Ok(Self { config, file: Some(Arc::new(file)) })
+    }
+
+    /// Returns the file that the memory stays in when no process has it open any more; `None` if it does not, be it that
+    /// the file has lost its name, or that the name is another file's by now.
+    pub fn stays_at(&self) -> Option<PathBuf> {
+        let BackendKind::File { path, share: true } = &self.config.kind else { return None };
+        let (named, open) = (std::fs::metadata(path).ok()?, self.file.as_ref()?.metadata().ok()?);
+        let same = (named.dev(), named.ino()) == (open.dev(), open.ino()) && open.nlink() > 0;
+        same.then(|| std::path::absolute(path).unwrap_or_else(|_| path.clone()))
     }
 
     /// Returns what was asked for.
@@ -440,6 +476,68 @@ impl GuestRam {
         Ok(())
     }
 
+    /// Returns what of the backend may be other than zero, as ranges of offsets in it, in order and without overlaps. Of
+    /// private memory nobody tells, so it is all of it.
+    ///
+    /// # Errors
+    /// Those of lseek(2).
+    pub fn extents(&self) -> io::Result<Vec<Range<u64>>> {
+        let mut extents = Vec::new();
+        for (region, mapping) in self.regions.iter().zip(self.memory.iter()) {
+            let all = region.file_offset..region.file_offset + region.len;
+            match mapping.file_offset().filter(|_| mapping.flags() & libc::MAP_SHARED != 0) {
+                None => extents.push(all),
+                Some(file) => extents.extend(
+                    memfd::extents(file.file())?
+                        .into_iter()
+                        .map(|extent| extent.start.max(all.start)..extent.end.min(all.end))
+                        .filter(|extent| !extent.is_empty()),
+                ),
+            }
+        }
+        Ok(extents)
+    }
+
+    /// Reads `buffer.len()` bytes from this offset of the backend on. Reading a hole of shared memory allocates it; see
+    /// [`extents`](Self::extents).
+    ///
+    /// # Errors
+    /// They are not all RAM.
+    pub fn read_at(&self, offset: u64, buffer: &mut [u8]) -> io::Result<()> {
+        let mut done = 0;
+        while done < buffer.len() {
+            let (at, room) = self.place(offset + done as u64)?;
+            let piece = room.min(buffer.len() - done);
+            self.memory.read_slice(&mut buffer[done..done + piece], at).map_err(io::Error::other)?;
+            done += piece;
+        }
+        Ok(())
+    }
+
+    /// Writes these bytes from this offset of the backend on.
+    ///
+    /// # Errors
+    /// They are not all RAM.
+    pub fn write_at(&self, offset: u64, bytes: &[u8]) -> io::Result<()> {
+        let mut done = 0;
+        while done < bytes.len() {
+            let (at, room) = self.place(offset + done as u64)?;
+            let piece = room.min(bytes.len() - done);
+            self.memory.write_slice(&bytes[done..done + piece], at).map_err(io::Error::other)?;
+            done += piece;
+        }
+        Ok(())
+    }
+
+    /// Where this offset of the backend is, and how many bytes follow in the same piece.
+    fn place(&self, offset: u64) -> io::Result<(GuestAddress, usize)> {
+        let region = self.regions.iter().find(|r| (r.file_offset..r.file_offset + r.len).contains(&offset));
+        let region =
+            region.ok_or_else(|| io::Error::other(format!("there is no RAM at offset {offset:#x}")))?;
+        let within = offset - region.file_offset;
+        Ok((GuestAddress(region.gpa + within), (region.len - within) as usize))
+    }
+
     /// Returns the pieces in the order of their addresses.
     pub fn regions(&self) -> Vec<RamRegion> {
         self.regions.to_vec()
@@ -511,6 +609,53 @@ mod tests {
         assert_eq!(exactly, [(0, LOW_RAM_END, 0)]);
         let both: Vec<_> = layout(8192 * MIB).collect();
         assert_eq!(both, [(0, LOW_RAM_END, 0), (HIGH_RAM_START, 5120 * MIB, LOW_RAM_END)]);
+    }
+
+    #[test]
+    fn a_file_is_opened_again_and_never_made_anew() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("ram");
+        let kind = |share| BackendKind::File { path: path.clone(), share };
+        let missing = Backend::reopen(config(MIB, kind(true))).unwrap_err();
+        assert!(matches!(missing, MemoryError::Open { .. }) && !path.exists(), "{missing}");
+        let backend = Backend::create(config(MIB, kind(true))).unwrap();
+        assert_eq!(backend.stays_at(), Some(path.clone()));
+        Backend::reopen(config(MIB, kind(true))).unwrap();
+        let other = Backend::reopen(config(2 * MIB, kind(true))).unwrap_err();
+        assert!(matches!(other, MemoryError::OtherSize { found: MIB, .. }), "{other}");
+        Backend::reopen(config(MIB, kind(false))).unwrap_err();
+        Backend::reopen(config(MIB, memfd_kind())).unwrap_err();
+        // A name that is another file's, or nobody's, is not where the memory stays.
+        std::fs::rename(&path, dir.path().join("elsewhere")).unwrap();
+        assert_eq!(backend.stays_at(), None);
+        std::fs::write(&path, "another").unwrap();
+        assert_eq!(backend.stays_at(), None);
+        assert_eq!(Backend::create(config(MIB, memfd_kind())).unwrap().stays_at(), None);
+    }
+
+    #[test]
+    fn ram_is_read_and_written_by_offset_across_the_hole() {
+        let size = LOW_RAM_END + 4 * MIB;
+        let ram = GuestRam::map(&Backend::create(config(size, memfd_kind())).unwrap()).unwrap();
+        assert_eq!(ram.extents().unwrap(), []);
+        ram.write_at(LOW_RAM_END - 2, b"abcd").unwrap();
+        assert_eq!(
+            ram.memory().read_obj::<u16>(GuestAddress(HIGH_RAM_START)).unwrap(),
+            u16::from_le_bytes(*b"cd")
+        );
+        let mut back = [0; 4];
+        ram.read_at(LOW_RAM_END - 2, &mut back).unwrap();
+        assert_eq!(&back, b"abcd");
+        assert_eq!(
+            ram.extents().unwrap(),
+            [LOW_RAM_END - 4096..LOW_RAM_END, LOW_RAM_END..LOW_RAM_END + 4096]
+        );
+        ram.write_at(size - 1, b"xy").unwrap_err();
+        ram.read_at(size, &mut back).unwrap_err();
+
+        let private = BackendKind::Ram { share: false };
+        let ram = GuestRam::map(&Backend::create(config(MIB, private)).unwrap()).unwrap();
+        assert_eq!(ram.extents().unwrap(), std::slice::from_ref(&(0..MIB)));
     }
 
     #[test]

@@ -417,4 +417,4 @@ fn check_nested(bytes: &[u8]) -> Result<(), StateError> {
 }
 
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;

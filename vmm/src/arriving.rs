@@ -3,6 +3,7 @@
 use cpr_core::error::BoxError;
 use cpr_core::{Incoming, MainSource};
 use cpr_exec::MainChannel;
+use cpr_reboot::StateFile;
 
 use crate::migration::exec_channel;
 use crate::monitor::{Channel, QmpError};
@@ -24,6 +25,8 @@ pub(crate) enum Predecessor {
     },
     /// Another process, which still has it.
     Transfer(cpr_transfer::SourceEnd),
+    /// None that lives: the guest is in storage.
+    Storage(StateFile),
 }
 
 /// What remains of a [`cpr_exec::ExecArrival`] once the core has taken its part.
@@ -40,6 +43,7 @@ impl Arriving {
         match &self.from {
             Predecessor::Exec { rest, .. } => rest.source.is_live(),
             Predecessor::Transfer(_) => true,
+            Predecessor::Storage(_) => false,
         }
     }
 
@@ -47,7 +51,7 @@ impl Arriving {
     pub fn failure(&self) -> Option<&str> {
         match &self.from {
             Predecessor::Exec { rest, .. } => rest.failure.as_deref(),
-            Predecessor::Transfer(_) => None,
+            Predecessor::Transfer(_) | Predecessor::Storage(_) => None,
         }
     }
 
@@ -65,6 +69,7 @@ impl Arriving {
                 channel.map_or(Ok(()), |channel| check_transfer_channel(&channel))?;
                 Ok(source.main())
             }
+            Predecessor::Storage(state) => Ok(state.main()),
         }
     }
 
@@ -74,7 +79,7 @@ impl Arriving {
     /// Why there is not.
     pub fn check_source(&self) -> Result<(), BoxError> {
         match &self.from {
-            Predecessor::Exec { .. } => Ok(()),
+            Predecessor::Exec { .. } | Predecessor::Storage(_) => Ok(()),
             Predecessor::Transfer(source) => source.check(),
         }
     }
@@ -88,11 +93,11 @@ impl Arriving {
     }
 
     /// The user ends this program before it has the guest. Where it is the program that the user knows, nobody goes on with
-    /// the guest; another process keeps it.
+    /// the guest; another process keeps it, and so does storage.
     pub fn forgo(self) {
         let rest = match self.from {
             Predecessor::Exec { rest, .. } => rest,
-            Predecessor::Transfer(_) => return self.refuse("its user ended it"),
+            Predecessor::Transfer(_) | Predecessor::Storage(_) => return self.refuse("its user ended it"),
         };
         let ended = self.incoming.forgo().map_err(anyhow::Error::from);
         let told = rest.keeper.map_or(Ok(()), |keeper| keeper.release());

@@ -1,10 +1,12 @@
 //! What the monitors know of updates: parameters, capabilities, status, and the report of the last one.
 
 use std::ffi::OsString;
+use std::path::PathBuf;
 use std::time::Duration;
 
 use cpr_core::{BlockReason, Control, CprMode, ModeInfo, Report};
 use cpr_exec::{CprExec, MainChannel};
+use cpr_reboot::{CprReboot, Memory, Stored};
 use cpr_transfer::{CprTransfer, Endpoint};
 use oslib::signals::SignalMask;
 use serde::{Deserialize, Serialize};
@@ -61,6 +63,8 @@ pub struct Settings {
     cpr_defer_timeout: u64,
     /// The `events` capability.
     pub events: bool,
+    /// The `x-ignore-shared` capability.
+    pub ignore_shared: bool,
 }
 
 impl Default for Settings {
@@ -72,6 +76,7 @@ impl Default for Settings {
             cpr_exec_timeout: 5000,
             cpr_defer_timeout: 0,
             events: false,
+            ignore_shared: false,
         }
     }
 }
@@ -81,7 +86,7 @@ const NORMAL: &str = "normal";
 
 /// The modes that this program was built with, as `migrate_set_parameter mode` takes them.
 pub fn mode_names() -> Vec<String> {
-    vec![cpr_exec::MODE.to_string(), cpr_transfer::MODE.to_string()]
+    [cpr_exec::MODE, cpr_reboot::MODE, cpr_transfer::MODE].map(|mode| mode.to_string()).to_vec()
 }
 
 impl Settings {
@@ -131,28 +136,51 @@ impl Settings {
         for &CapabilityState { capability, state } in capabilities {
             match capability {
                 Capability::Events => self.events = state,
+                Capability::IgnoreShared => self.ignore_shared = state,
             }
         }
     }
 
     /// For `query-migrate-capabilities`.
     pub fn capabilities(&self) -> Value {
-        json!([{ "capability": Capability::Events.name(), "state": self.events }])
+        let state = |&capability: &Capability| {
+            let state = match capability {
+                Capability::Events => self.events,
+                Capability::IgnoreShared => self.ignore_shared,
+            };
+            json!({ "capability": capability.name(), "state": state })
+        };
+        Capability::ALL.iter().map(state).collect()
     }
 
     /// The mode as subscribers and blockers see it, if it is one that updates.
     pub fn mode_info(&self) -> Option<ModeInfo> {
-        [cpr_exec::mode_info(), cpr_transfer::mode_info()]
+        [cpr_exec::mode_info(), cpr_reboot::mode_info(self.ignore_shared), cpr_transfer::mode_info()]
             .into_iter()
             .find(|info| info.id.as_str() == self.mode)
     }
 
-    /// An attempt in the mode that is set.
+    /// Whether a guest may be fetched from storage.
+    ///
+    /// # Errors
+    /// Another mode is set.
+    pub fn check_storage(&self) -> Result<(), QmpError> {
+        if self.mode == cpr_reboot::MODE.as_str() {
+            return Ok(());
+        }
+        Err(QmpError::generic(format!(
+            "this program was not started by an update, so the guest can only be in storage; set the mode first \
+             (migrate_set_parameter mode {})",
+            cpr_reboot::MODE
+        )))
+    }
+
+    /// An attempt in the mode that is set; and the guest in storage, if that is where the mode puts it.
     ///
     /// # Errors
     /// The mode is none that updates, or has other channels.
-    pub fn attempt(&self, request: Request) -> Result<Box<dyn CprMode>, QmpError> {
-        let Request { main, cpr, original_mask, stays } = request;
+    pub fn attempt(&self, request: Request) -> Result<(Box<dyn CprMode>, Option<Stored>), QmpError> {
+        let Request { main, cpr, original_mask, stays, memory } = request;
         match (self.mode.as_str(), cpr) {
             (mode, None) if mode == cpr_exec::MODE.as_str() => {
                 let command = self.cpr_exec_command.iter().map(OsString::from).collect();
@@ -163,14 +191,23 @@ impl Settings {
                     .keeper(self.keeper)
                     .time_limits(limit(self.cpr_exec_timeout), limit(self.cpr_defer_timeout))
                     .fallback(own_command);
-                Ok(Box::new(exec))
+                Ok((Box::new(exec), None))
             }
             (mode, Some(_)) if mode == cpr_exec::MODE.as_str() => {
                 Err(QmpError::generic("mode cpr-exec has no 'cpr' migration channel"))
             }
+            (mode, None) if mode == cpr_reboot::MODE.as_str() => {
+                let (path, offset) = storage_channel(main)?;
+                let reboot = CprReboot::new(path, offset, self.ignore_shared, memory);
+                let stored = reboot.stored();
+                Ok((Box::new(reboot), Some(stored)))
+            }
+            (mode, Some(_)) if mode == cpr_reboot::MODE.as_str() => {
+                Err(QmpError::generic("mode cpr-reboot has no 'cpr' migration channel"))
+            }
             (mode, Some(cpr)) if mode == cpr_transfer::MODE.as_str() => {
                 check_transfer_channel(&main)?;
-                Ok(Box::new(CprTransfer::new(cpr).leaving(stays)))
+                Ok((Box::new(CprTransfer::new(cpr).leaving(stays)), None))
             }
             (mode, None) if mode == cpr_transfer::MODE.as_str() => {
                 Err(QmpError::generic("missing 'cpr' migration channel"))
@@ -217,6 +254,21 @@ pub struct Request {
     pub original_mask: SignalMask,
     /// Registry names of what another process has no use for: monitors, and who is connected to them.
     pub stays: Vec<String>,
+    /// Guest RAM, for storage.
+    pub memory: Vec<Memory>,
+}
+
+/// The user's channel in the terms of cpr-reboot: a file, and where in it.
+///
+/// # Errors
+/// It is something that ends with the program.
+pub fn storage_channel(channel: Channel) -> Result<(PathBuf, u64), QmpError> {
+    match channel {
+        Channel::File { path, offset } => Ok((path, offset)),
+        Channel::Memfd | Channel::Unix { .. } => Err(QmpError::generic(format!(
+            "'{channel}': the main channel of cpr-reboot is file:PATH, as the guest has to outlive every program"
+        ))),
+    }
 }
 
 /// The user's channel in the terms of cpr-exec.

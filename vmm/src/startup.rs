@@ -27,8 +27,8 @@ use crate::arriving::{Arriving, ExecRest, Predecessor};
 use crate::chardev::{self, Chardev, Output};
 use crate::cli::config::{self, Config, MemoryBackend, MonitorKind};
 use crate::cli::{self, Invocation};
-use crate::monitor::SocketAddress;
 use crate::monitor::mux::Mux;
+use crate::monitor::{Channel, SocketAddress};
 use crate::{errors, trace};
 
 /// Signals that end the program in good order.
@@ -110,13 +110,14 @@ fn start(config: Config, arrival: Option<ExecArrival>) -> anyhow::Result<App> {
             listening = Some(listen(cpr)?);
             (None, None)
         }
-        (None, None) if config.incoming.is_some() => {
-            bail!("-incoming: this program was not started by an update, so there is no guest to take over")
+        (None, None) => {
+            check_storage(&config)?;
+            (None, None)
         }
-        (None, None) => (None, None),
     };
     let terminal = early.as_ref().and_then(EarlyState::terminal);
-    let guest = Guest { arriving, early, listening };
+    let in_storage = arriving.is_none() && listening.is_none() && config.incoming.is_some();
+    let guest = Guest { arriving, early, listening, in_storage };
     let result = build(config, services, signals, original_mask, guest).and_then(|mut app| {
         app.begin()?;
         Ok(app)
@@ -135,6 +136,22 @@ struct Guest {
     arriving: Option<Arriving>,
     early: Option<EarlyState>,
     listening: Option<Listener>,
+    in_storage: bool,
+}
+
+/// A program that no update has started, and that is to boot nothing, finds its guest in a file.
+fn check_storage(config: &Config) -> anyhow::Result<()> {
+    match &config.incoming {
+        None | Some(config::Incoming::Defer) => Ok(()),
+        // Only looked at, so that a wrong one ends the program before it has made anything.
+        Some(config::Incoming::Channel(Channel::File { path, offset })) => {
+            app::open_state(path, *offset).map(drop).context("-incoming")
+        }
+        Some(config::Incoming::Channel(channel)) => bail!(
+            "-incoming: '{channel}': this program was not started by an update, so the guest can only be in a file \
+             that cpr-reboot wrote (file:PATH)"
+        ),
+    }
 }
 
 /// What the guest runs on: there from the start, or from when the guest arrives.
@@ -147,12 +164,23 @@ pub struct Hardware {
 /// Guest RAM before there is a machine around it.
 pub(crate) struct Ram {
     memory: Backend,
-    ram: GuestRam,
+    pub(crate) ram: GuestRam,
+}
+
+/// Where the guest's RAM comes from.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum RamOrigin {
+    /// It is made; what it is to hold comes later.
+    New,
+    /// Its descriptor came with an update.
+    Registry,
+    /// It stayed in its file.
+    Storage,
 }
 
 /// Makes or adopts the guest's RAM, and maps it.
-pub(crate) fn open_ram(config: &Config, registry: &FdRegistry, arriving: bool) -> anyhow::Result<Ram> {
-    let memory = open_memory(&config.memory, registry, arriving)?;
+pub(crate) fn open_ram(config: &Config, registry: &FdRegistry, origin: RamOrigin) -> anyhow::Result<Ram> {
+    let memory = open_memory(&config.memory, registry, origin)?;
     let ram = GuestRam::map(&memory)?;
     Ok(Ram { memory, ram })
 }
@@ -237,10 +265,10 @@ fn build(
     services: Services,
     signals: SignalFd,
     original_mask: SignalMask,
-    Guest { arriving, early, listening }: Guest,
+    Guest { arriving, early, listening, in_storage }: Guest,
 ) -> anyhow::Result<App> {
-    // While the guest is in another process, that is the one to be found.
-    if listening.is_none() {
+    // While the guest is in another process, that is the one to be found; and none while it is in storage.
+    if listening.is_none() && !in_storage {
         write_pidfile(&config)?;
     }
     // The source watches that this program gets on.
@@ -250,9 +278,11 @@ fn build(
         }
     };
     note_progress();
-    let ram = match listening {
-        None => Some(open_ram(&config, &services.registry, arriving.is_some())?),
-        Some(_) => None,
+    let ram = match (&listening, in_storage, &arriving) {
+        (None, false, None) => Some(open_ram(&config, &services.registry, RamOrigin::New)?),
+        (None, false, Some(_)) => Some(open_ram(&config, &services.registry, RamOrigin::Registry)?),
+        // Once the guest is here, or known to be there.
+        _ => None,
     };
     note_progress();
     let (mut states, settings, named_fds, cpuid) = match early {
@@ -318,7 +348,7 @@ fn build(
         crate::fault::strike("built", failure.is_some());
         control.timeline().stamp(Stamp::Built);
     }
-    let is_target = arriving.is_some() || listening.is_some();
+    let is_target = arriving.is_some() || listening.is_some() || in_storage;
     let run_state = if is_target { RunState::InMigrate } else { RunState::Prelaunch };
     App::new(Parts {
         config,
@@ -334,6 +364,7 @@ fn build(
         run_state,
         arriving,
         listening,
+        in_storage,
     })
 }
 
@@ -361,7 +392,7 @@ fn receive(services: &mut Services, arrival: ExecArrival) -> anyhow::Result<(Arr
 fn open_memory(
     config: &config::MemoryConfig,
     registry: &FdRegistry,
-    arriving: bool,
+    origin: RamOrigin,
 ) -> anyhow::Result<Backend> {
     let kind = match &config.backend {
         MemoryBackend::Memfd { share, hugetlb } => {
@@ -373,7 +404,7 @@ fn open_memory(
     };
     let fd_kind = if matches!(kind, BackendKind::File { .. }) { FdKind::Other } else { FdKind::Memfd };
     let backend = BackendConfig { id: config.id.clone(), size: config.size_bytes, kind };
-    if arriving {
+    if origin == RamOrigin::Registry {
         let Some(fd) = registry.find::<File>(&config.id, 0) else {
             bail!(
                 "guest RAM '{}' did not arrive with the update; the command line must name the memory backend as \
@@ -383,7 +414,10 @@ fn open_memory(
         };
         return Ok(Backend::adopt(backend, fd)?);
     }
-    let backend = Backend::create(backend)?;
+    let backend = match origin {
+        RamOrigin::Storage => Backend::reopen(backend)?,
+        RamOrigin::New | RamOrigin::Registry => Backend::create(backend)?,
+    };
     if let (Some(fd), None) = (backend.fd(), backend.in_place_obstacle()) {
         registry.save(&config.id, 0, fd_kind, FdPolicy::MustSurvive, fd)?;
     }

@@ -93,7 +93,10 @@ fn one_connection_sees_the_whole_update_in_order() -> anyhow::Result<()> {
         guest.beats_on(0)?;
     }
     let capabilities = vmm.qmp().execute("query-migrate-capabilities", json!({}))?;
-    assert_eq!(capabilities, json!([{ "capability": "events", "state": true }]));
+    assert_eq!(
+        capabilities,
+        json!([{ "capability": "events", "state": true }, { "capability": "x-ignore-shared", "state": false }])
+    );
     vmm.quit()
 }
 
@@ -326,7 +329,10 @@ fn queries_have_the_shape_of_qemus() -> anyhow::Result<()> {
         let parameters = query("query-migrate-parameters")?;
         assert!(parameters["mode"].is_string() && parameters["cpr-exec-command"].is_array(), "{parameters}");
         let capabilities = query("query-migrate-capabilities")?;
-        assert_eq!(capabilities, json!([{ "capability": "events", "state": false }]));
+        assert_eq!(
+            capabilities,
+            json!([{ "capability": "events", "state": false }, { "capability": "x-ignore-shared", "state": false }])
+        );
 
         let info = vmm.update()?;
         assert_eq!(info["status"], "completed");

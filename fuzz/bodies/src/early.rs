@@ -199,8 +199,13 @@ fn go_on(state: EarlyState, users: Vec<User>) {
     let _ = state.terminal().map(|terminal| terminal.make_raw(true));
     let EarlyState { chardevs, settings, named_fds, cpuid: _ } = state;
     let _ = (settings.parameters(), settings.capabilities(), settings.mode_info());
-    let request =
-        Request { main: Channel::Memfd, cpr: None, original_mask: SignalMask::EMPTY, stays: Vec::new() };
+    let request = Request {
+        main: Channel::Memfd,
+        cpr: None,
+        original_mask: SignalMask::EMPTY,
+        stays: Vec::new(),
+        memory: Vec::new(),
+    };
     let _ = settings.attempt(request).map_err(|error| error.to_string());
     find_named_fds(&named_fds, &FdRegistry::default());
 

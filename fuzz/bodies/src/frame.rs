@@ -15,10 +15,10 @@ pub(crate) const WORDS: &[&str] = &["CPRSTATE", "cpr-core/update", "kvm/vcpu", "
 /// Bits of the first byte of an input: what of the header behind it is put right before it is read.
 const REPAIR_MAGIC: u8 = 1;
 const REPAIR_LENGTH: u8 = 2;
-const REPAIR_CHECKSUM: u8 = 4;
+pub(crate) const REPAIR_CHECKSUM: u8 = 4;
 
 /// Puts parts of a frame's header right; bytes that hold no header stay as they are.
-fn repair(frame: &mut [u8], what: u8) {
+pub(crate) fn repair(frame: &mut [u8], what: u8) {
     if frame.len() < HEADER_LEN {
         return;
     }

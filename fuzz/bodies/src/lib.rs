@@ -12,12 +12,14 @@ mod early;
 mod frame;
 mod main_frame;
 mod monitors;
+mod state_file;
 
 pub use command_line::command_line;
 pub use early::{monitors, process, registry, update};
 pub use frame::{state_frame, state_frame_written};
-pub use main_frame::{machine, outside, platform, serial, vcpu, vm};
+pub use main_frame::{machine, outside, platform, serial, time, vcpu, vm};
 pub use monitors::{hmp, qmp};
+pub use state_file::state_file;
 
 use std::fmt::Debug;
 
@@ -59,6 +61,13 @@ pub const TARGETS: &[Target] = &[
     Target { name: "registry", run: registry, seeds: early::registry_seeds, max_len: 1024, words: &[] },
     Target { name: "serial", run: serial, seeds: main_frame::serial_seeds, max_len: 128, words: &[] },
     Target {
+        name: "state_file",
+        run: state_file,
+        seeds: state_file::state_file_seeds,
+        max_len: 16 << 10,
+        words: state_file::WORDS,
+    },
+    Target {
         name: "state_frame",
         run: state_frame,
         seeds: frame::state_frame_seeds,
@@ -72,6 +81,7 @@ pub const TARGETS: &[Target] = &[
         max_len: 4096,
         words: &[],
     },
+    Target { name: "time", run: time, seeds: main_frame::time_seeds, max_len: 256, words: &[] },
     Target { name: "update", run: update, seeds: early::update_seeds, max_len: 128, words: &[] },
     Target { name: "vcpu", run: vcpu, seeds: main_frame::vcpu_seeds, max_len: 16 << 10, words: &[] },
     Target { name: "vm", run: vm, seeds: main_frame::vm_seeds, max_len: 4096, words: &[] },

@@ -12,9 +12,10 @@ use vmm::cli::config::Config;
 use vmm_core::ports::PortDevice;
 use vmm_core::serial::{COM1_LEN, IrqLine, Serial, SerialSink};
 use vmm_core::state::{
-    Blob, ClockState, GsiRoute, NESTED_HEADER_LEN, PlatformState, SREGS2_LEN, SerialState, SregsState,
-    VcpuState, VmState, XSAVE_MIN_LEN,
+    Blob, ClockState, GsiRoute, MachineState, NESTED_HEADER_LEN, PlatformState, SREGS2_LEN, SerialState,
+    SregsState, VcpuState, VmState, XSAVE_MIN_LEN,
 };
+use vmm_core::time::{Now, TimeState};
 
 use crate::{decoded, frame_of};
 
@@ -24,6 +25,7 @@ pub(crate) const VM: &str = "kvm/vm";
 pub(crate) const SERIAL: &str = "serial";
 pub(crate) const PLATFORM: &str = "platform";
 pub(crate) const OUTSIDE: &str = "cpr-vmm/outside";
+pub(crate) const TIME: &str = "kvm/time";
 
 /// The machine that the frames of this module are for.
 fn config() -> &'static Config {
@@ -243,4 +245,30 @@ pub fn platform(data: &[u8]) -> bool {
 
 pub(crate) fn platform_seeds() -> Vec<Vec<u8>> {
     [0, 0x32, 0xff].map(|rtc_index| to_body(&PlatformState { rtc_index })).to_vec()
+}
+
+/// The section `kvm/time`, and a machine whose time goes on from it.
+pub fn time(data: &[u8]) -> bool {
+    let Some(time) = decoded::<TimeState>(TIME, data) else { return false };
+    let mut state = MachineState {
+        vcpus: vec![good_vcpu()],
+        vm: good_vm(),
+        serial: good_serial(),
+        platform: PlatformState::default(),
+    };
+    let before = state.vm.clock.kvmclock_ns;
+    time.go_on(&mut state, &Now { boot_id: [9; 16], realtime_ns: 1 << 60, monotonic_ns: 5 });
+    assert!(state.vm.clock.kvmclock_ns >= before);
+    state.check().expect("time does no harm to a good state");
+    true
+}
+
+pub(crate) fn time_seeds() -> Vec<Vec<u8>> {
+    let time = TimeState {
+        boot_id: [7; 16],
+        realtime_ns: 1 << 59,
+        monotonic_ns: 3,
+        vcpus: vec![(1 << 40, 1 << 59)],
+    };
+    vec![to_body(&time), to_body(&TimeState { boot_id: [9; 16], ..time })]
 }

@@ -131,8 +131,10 @@ targets!(
     qmp,
     registry,
     serial,
+    state_file,
     state_frame,
     state_frame_written,
+    time,
     update,
     vcpu,
     vm

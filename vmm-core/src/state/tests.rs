@@ -30,6 +30,11 @@ fn vcpu(id: u32) -> VcpuState {
     }
 }
 
+/// A good state of a machine with so many vCPUs.
+pub(crate) fn machine_state(vcpus: u32) -> MachineState {
+    machine(vcpus)
+}
+
 fn machine(vcpus: u32) -> MachineState {
     let chip = size_of::<kvm_irqchip>();
     MachineState {

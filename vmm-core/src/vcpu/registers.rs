@@ -163,8 +163,9 @@ pub(crate) fn load_cpuid(blob: &Blob) -> Result<CpuId, StateError> {
 
 fn set_tsc(vcpu: &Vcpu, caps: &Capabilities, state: &VcpuState) -> Result<(), VcpuError> {
     let fd = vcpu.fd();
-    // On the same host the frequency is what it was, and setting it is not free.
-    if state.tsc_khz != 0 && fd.get_tsc_khz().ok() != Some(state.tsc_khz) {
+    // On the same host the frequency is what it was, and setting it is not free. Another boot may have measured it a
+    // little differently.
+    if state.tsc_khz != 0 && !is_same_frequency(fd.get_tsc_khz().unwrap_or(0), state.tsc_khz) {
         if !caps.tsc_control {
             return Err(VcpuError::Unsupported { what: "a TSC of another frequency" });
         }
@@ -177,6 +178,11 @@ fn set_tsc(vcpu: &Vcpu, caps: &Capabilities, state: &VcpuState) -> Result<(), Vc
         vcpu.set_tsc_offset(offset)?;
     }
     Ok(())
+}
+
+/// Whether KVM would take these frequencies for one: 250 parts in a million, `tsc_tolerance_ppm` of its module.
+fn is_same_frequency(here: u32, wanted: u32) -> bool {
+    u64::from(here.abs_diff(wanted)) * 1_000_000 <= u64::from(here) * 250
 }
 
 fn set_sregs(vcpu: &Vcpu, caps: &Capabilities, sregs: &SregsState) -> Result<(), VcpuError> {

@@ -17,7 +17,7 @@ use crate::chardev::{self, Chardev};
 use crate::cli::config::{ChardevBackend, ChardevConfig};
 use crate::migration::{Request, Status};
 use crate::monitor::{Channels, QmpError, SocketAddress};
-use crate::startup::{self, Hardware};
+use crate::startup::{self, Hardware, RamOrigin};
 use crate::{app, errors};
 
 impl App {
@@ -31,7 +31,7 @@ impl App {
 
     /// Whether this is a target that does not have its guest yet.
     pub(super) fn is_waiting_for_guest(&self) -> bool {
-        self.parts.arriving.is_some() || self.parts.listening.is_some()
+        self.parts.arriving.is_some() || self.parts.listening.is_some() || self.parts.in_storage
     }
 
     /// Whether input for the guest must be left alone: it is not here yet, or its state is on its way to somebody else.
@@ -121,7 +121,7 @@ impl App {
         control.rendezvous().note_progress();
         let parts = &mut self.parts;
         parts.named_fds.extend(find_named_fds(&named_fds, &parts.services.registry));
-        let ram = startup::open_ram(&parts.config, &parts.services.registry, true)?;
+        let ram = startup::open_ram(&parts.config, &parts.services.registry, RamOrigin::Registry)?;
         let output = startup::serial_output(&parts.config, &parts.chardevs);
         let hardware = ram.into_hardware(&parts.config, output, parts.observer.clone())?;
         hardware.complete(&cpuid, &control)?;
@@ -235,7 +235,8 @@ impl App {
                 Some(Endpoint::Connected(UnixStream::from(copy)))
             }
         };
-        Ok(Request { main, cpr, original_mask: self.parts.original_mask, stays })
+        let memory = self.memory_to_store();
+        Ok(Request { main, cpr, original_mask: self.parts.original_mask, stays, memory })
     }
 }
 

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use cpr_core::{FdKind, FdPolicy};
 use serde_json::{Value, json};
 
-use super::{App, Exit, GONE, RunState, WAITING};
+use super::{App, Exit, RunState, UNDER_WAY, WAITING};
 use crate::cli::config::MemoryBackend;
 use crate::errors;
 use crate::migration;
@@ -45,8 +45,11 @@ impl Backend for App {
                 if self.is_waiting_for_guest() {
                     return Err(QmpError::generic(WAITING));
                 }
-                if self.parts.run_state == RunState::PostMigrate {
-                    return Err(QmpError::generic(GONE));
+                match self.parts.run_state {
+                    RunState::PostMigrate => return Err(self.guest_is_elsewhere()),
+                    // What was saved must stay true.
+                    RunState::FinishMigrate => return Err(QmpError::generic(UNDER_WAY)),
+                    _ => {}
                 }
                 self.reset_machine(false).map_err(failed).map(|()| Reply::empty())
             }
@@ -153,10 +156,8 @@ impl App {
                 // As QEMU: the guest runs once its state is there.
                 return Err(QmpError::generic(WAITING));
             }
-            RunState::PostMigrate => return Err(QmpError::generic(GONE)),
-            RunState::FinishMigrate => {
-                return Err(QmpError::generic("There's a migration process in progress"));
-            }
+            RunState::PostMigrate => self.take_back()?,
+            RunState::FinishMigrate => return Err(QmpError::generic(UNDER_WAY)),
             RunState::InternalError => {
                 return Err(QmpError::generic(
                     "the guest cannot go on after an internal error; reset it first",

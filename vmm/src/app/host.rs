@@ -7,13 +7,14 @@ use std::time::Instant;
 
 use anyhow::{Context, anyhow, bail};
 use cpr_core::error::BoxError;
-use cpr_core::frame::{Frame, FrameWriter};
+use cpr_core::frame::{Frame, FrameWriter, Section};
 use cpr_core::{
     Backing, FdKind, FdPolicy, FdRegistry, GuestActivity, Host, IncomingError, MemoryRegion, ModeInfo,
-    TerminalAction,
+    Properties, TerminalAction,
 };
 use serde::{Deserialize, Serialize};
 use vmm_core::state::{Blob, MachineState};
+use vmm_core::time::{Now, TimeState};
 
 use super::commands::named_fd;
 use super::lifecycle::Reset;
@@ -37,6 +38,8 @@ const SERIAL: &str = "serial";
 const PLATFORM: &str = "platform";
 /// Main section: what the guest did that the outside does not know yet.
 const OUTSIDE: &str = "cpr-vmm/outside";
+/// Main section, if another kernel may run the guest: what its clocks are measured by.
+const TIME: &str = "kvm/time";
 /// Main section, if the guest moves to another process: input for COM1 that its FIFO had no room for.
 const SERIAL_INPUT: &str = "cpr-vmm/serial-input";
 
@@ -192,6 +195,7 @@ pub struct Arrived {
     pub run_state: RunState,
     /// The machine.
     pub state: MachineState,
+    time: Option<TimeState>,
     outside: OutsideSection,
     ended: Option<GuestEnd>,
     serial_input: Vec<u8>,
@@ -218,10 +222,19 @@ pub fn read_machine(main: &mut Frame, config: &Config) -> anyhow::Result<Arrived
         serial: main.require(SERIAL, 0)?.decode(1)?,
         platform: main.require(PLATFORM, 0)?.decode(1)?,
     };
+    let time = main.take(TIME, 0).map(|section| read_time(&section, machine.vcpus)).transpose()?;
     let outside = main.require(OUTSIDE, 0)?.decode(1)?;
     let serial_input = main.take(SERIAL_INPUT, 0).map(|section| section.decode(1)).transpose()?;
     let serial_input = serial_input.unwrap_or_default();
-    Ok(Arrived { run_state, state, outside, ended: machine.ended, serial_input })
+    Ok(Arrived { run_state, state, time, outside, ended: machine.ended, serial_input })
+}
+
+fn read_time(section: &Section, vcpus: u32) -> anyhow::Result<TimeState> {
+    let time: TimeState = section.decode(1)?;
+    if time.vcpus.len() != vcpus as usize {
+        return Err(section.malformed(format!("{} vCPUs of {vcpus}", time.vcpus.len())).into());
+    }
+    Ok(time)
 }
 
 /// Registry name of descriptors that came to a monitor and that no command claimed yet.
@@ -364,12 +377,18 @@ impl App {
         if self.moves_out {
             main.put_value(SERIAL_INPUT, 0, 1, &self.serial_input())?;
         }
+        if self.outlives_kernel {
+            main.put_value(TIME, 0, 1, &self.hardware()?.machine.time()?)?;
+        }
         Ok(())
     }
 
     fn load_sections(&mut self, main: &mut Frame) -> anyhow::Result<()> {
-        let Arrived { run_state, state, outside, ended, serial_input } =
+        let Arrived { run_state, mut state, time, outside, ended, serial_input } =
             read_machine(main, &self.parts.config)?;
+        if let Some(time) = time {
+            time.go_on(&mut state, &Now::read().context("the time of the guest cannot be set")?);
+        }
         self.state_before_update = run_state;
         self.hardware()?.machine.restore(&state).context("the machine refuses the state")?;
         self.loaded = Loaded { outside, ended, serial_input };
@@ -432,6 +451,14 @@ impl App {
                 self.guest_moved_in();
                 None
             }
+            Predecessor::Storage(state) => {
+                // From now on, and not before: until here the file is all that there is of the guest.
+                if let Err(error) = state.mark_used() {
+                    tracing::warn!("{}", errors::text(&error));
+                }
+                self.guest_moved_in();
+                None
+            }
         };
         self.carry_on();
         if let Some(keeper) = keeper {
@@ -455,6 +482,9 @@ impl App {
             self.parts.config.incoming = Some(Incoming::Channel(channel));
             return Ok(Reply::empty());
         }
+        if self.parts.in_storage {
+            return self.fetch_command(channel);
+        }
         let Some(arriving) = &self.parts.arriving else {
             return Err(QmpError::generic(
                 "'-incoming' was not specified on the command line, or the state is loaded already",
@@ -463,14 +493,16 @@ impl App {
         if let Predecessor::Transfer(_) = arriving.from {
             check_transfer_channel(&channel)?;
         }
-        if let Err(error) = self.take_over(Some(channel)) {
-            // This program cannot run the guest; once its user has been answered, another one will.
-            let text = errors::text(error.as_ref());
-            eprintln!("cpr-vmm: {text}");
-            self.exit.get_or_insert(Exit::Fatal);
-            return Err(QmpError::generic(text));
-        }
+        self.take_over(Some(channel)).map_err(|error| self.cannot_take_over(&error))?;
         Ok(Reply::empty())
+    }
+
+    /// This program cannot run the guest; once its user has been answered, another one will.
+    pub(super) fn cannot_take_over(&mut self, error: &anyhow::Error) -> QmpError {
+        let text = errors::text(error.as_ref());
+        eprintln!("cpr-vmm: {text}");
+        self.exit.get_or_insert(Exit::Fatal);
+        QmpError::generic(text)
     }
 }
 
@@ -478,9 +510,10 @@ impl Host for App {
     fn memory(&self) -> Vec<MemoryRegion> {
         let Ok(Hardware { memory, .. }) = self.hardware() else { return Vec::new() };
         let config = memory.config();
-        let backing = match memory.in_place_obstacle() {
-            None => Backing::Shared { name: config.id.clone(), id: 0 },
-            Some(_) => Backing::Private,
+        let backing = match (memory.in_place_obstacle(), memory.stays_at()) {
+            (None, None) => Backing::Shared { name: config.id.clone(), id: 0 },
+            (None, Some(path)) => Backing::File { name: config.id.clone(), id: 0, path },
+            (Some(_), _) => Backing::Private,
         };
         vec![MemoryRegion { name: config.id.clone(), len: config.size, backing }]
     }
@@ -528,7 +561,11 @@ impl Host for App {
         }
     }
 
-    fn save_early(&mut self, _mode: &ModeInfo, early: &mut FrameWriter) -> Result<(), BoxError> {
+    fn save_early(&mut self, mode: &ModeInfo, early: &mut FrameWriter) -> Result<(), BoxError> {
+        if !mode.properties.contains(Properties::DESCRIPTORS_SURVIVE) {
+            // Sessions and connections end with this program.
+            return Ok(());
+        }
         let state = self.early_state()?;
         Ok(early.put_value(MONITORS, 0, 1, &state)?)
     }

@@ -8,6 +8,7 @@
 //! - `departure`: what the program is while it runs the guest in the keeper.
 //! - `host`: what an update does to the program ([`cpr_core::Host`]), and the sections it saves.
 //! - `lifecycle`: run states, reset, power-off, the end.
+//! - `storage`: a guest that comes out of storage, or goes there.
 
 mod arrival;
 mod commands;
@@ -16,6 +17,7 @@ mod front_ends;
 mod host;
 mod lifecycle;
 mod observer;
+mod storage;
 
 use std::collections::BTreeMap;
 use std::os::fd::OwnedFd;
@@ -24,6 +26,7 @@ use std::time::{Duration, Instant};
 
 use cpr_core::{Outcome, Properties, Services, Step, TargetPhase, TerminalAction, Update, UpdateError, Wait};
 use cpr_exec::KeeperEnd;
+use cpr_reboot::Stored;
 use cpr_transfer::Listener;
 use oslib::signals::{SignalFd, SignalMask};
 
@@ -42,6 +45,7 @@ pub use host::{Arrived, EarlyState, FrontEndState, find_named_fds, read_machine,
 use lifecycle::Reset;
 pub use lifecycle::{Exit, RunState};
 pub use observer::BlackoutObserver;
+pub(crate) use storage::open_state;
 
 /// How long an orderly end waits for peers to take the last output.
 const LAST_WORDS: Duration = Duration::from_millis(200);
@@ -52,6 +56,10 @@ const KEEPER_POLL: Duration = Duration::from_millis(5);
 
 /// What a monitor is told while the guest has not arrived, in QEMU's words.
 const WAITING: &str = "Guest is waiting for an incoming migration";
+/// What a monitor is told once the guest is in storage.
+const RESTS: &str = "the guest is in storage since it was migrated; 'cont' goes on with it here, 'quit' leaves it where it is";
+/// What a monitor is told while the guest stands still for an update.
+const UNDER_WAY: &str = "There's a migration process in progress";
 /// What a monitor is told once the guest is in another process.
 const GONE: &str =
     "the guest belongs to another process since it was transferred; all that is left is to quit this one";
@@ -73,6 +81,8 @@ pub struct Parts {
     pub(crate) arriving: Option<Arriving>,
     /// Waits for a source, in the target of another process.
     pub(crate) listening: Option<Listener>,
+    /// The guest is in storage, and was not fetched yet.
+    pub(crate) in_storage: bool,
 }
 
 /// The running program.
@@ -100,6 +110,10 @@ pub struct App {
     saved_fds: Vec<Arc<OwnedFd>>,
     /// The target is another process, which has monitors of its own: what travels is the guest's alone.
     moves_out: bool,
+    /// The target may run under another kernel.
+    outlives_kernel: bool,
+    /// Where the present update puts the guest, or the last one has put it, if that is no process.
+    stored: Option<Stored>,
     /// What a paused guest goes back to when an update fails.
     state_before_update: RunState,
     exit: Option<Exit>,
@@ -131,6 +145,8 @@ impl App {
             pending_events: Vec::new(),
             saved_fds: Vec::new(),
             moves_out: false,
+            outlives_kernel: false,
+            stored: None,
             state_before_update: RunState::Prelaunch,
             exit: None,
             loaded: Loaded::default(),
@@ -147,6 +163,12 @@ impl App {
         if self.parts.listening.is_some() {
             self.progress.status = Status::Setup;
             return Ok(());
+        }
+        if self.parts.in_storage {
+            return match self.parts.config.incoming.clone() {
+                Some(Incoming::Channel(channel)) => self.fetch_from(channel),
+                Some(Incoming::Defer) | None => Ok(()),
+            };
         }
         if let Some(arriving) = &self.parts.arriving {
             let channel = match &self.parts.config.incoming {
@@ -334,7 +356,10 @@ impl App {
         match outcome {
             Outcome::HandedOver => {
                 self.progress.status = Status::Completed;
-                self.guest_moved_out();
+                match self.stored {
+                    Some(_) => self.set_run_state(RunState::PostMigrate),
+                    None => self.guest_moved_out(),
+                }
             }
             Outcome::Failed { error, guest } => {
                 tracing::warn!(%error, "update failed");
@@ -359,13 +384,13 @@ impl App {
     fn start_update(&mut self, channels: Channels) -> Result<(), crate::monitor::QmpError> {
         use crate::monitor::QmpError;
         if self.update.is_some() {
-            return Err(QmpError::generic("There's a migration process in progress"));
+            return Err(QmpError::generic(UNDER_WAY));
         }
         if self.is_waiting_for_guest() {
             return Err(QmpError::generic(WAITING));
         }
         if self.parts.run_state == RunState::PostMigrate {
-            return Err(QmpError::generic(GONE));
+            return Err(self.guest_is_elsewhere());
         }
         if !self.parts.run_state.can_migrate() {
             return Err(QmpError::generic(format!(
@@ -374,11 +399,14 @@ impl App {
             )));
         }
         let request = self.update_request(channels)?;
-        let mode = self.parts.settings.attempt(request)?;
-        self.moves_out = !mode.properties().contains(Properties::SAME_PID);
+        let (mode, stored) = self.parts.settings.attempt(request)?;
+        let properties = mode.properties();
         let (mode_name, course) = (mode.id().to_string(), mode.course());
         let update = Update::begin(&self.parts.services, mode, self)
             .map_err(|error| QmpError::generic(errors::text(&error)))?;
+        self.moves_out = !properties.contains(Properties::SAME_PID);
+        self.outlives_kernel = !properties.contains(Properties::SAME_KERNEL);
+        self.stored = stored;
         self.parts.observer.arm(update.control().clone(), course);
         self.progress = Progress {
             status: Status::Setup,

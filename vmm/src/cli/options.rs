@@ -312,8 +312,9 @@ pub(super) const OPTIONS: &[OptionSpec] = &[
         names: &["incoming"],
         metavar: Some("defer|file:PATH[,offset=N]|memfd:|unix:PATH|CHANNEL"),
         group: Group::Update,
-        help: "Load the machine from there instead of booting it; defer: wait for the monitor command \
-               'migrate_incoming'. CHANNEL is QMP's form, as JSON or \
+        help: "Load the machine from there instead of booting it, in a program that an update starts or from a file \
+               that cpr-reboot wrote; defer: wait for the monitor command 'migrate_incoming'. CHANNEL is QMP's form, \
+               as JSON or \
                main,addr.transport=file,addr.filename=PATH. Given once more for cpr-transfer, with the socket to wait \
                at for the running program: cpr,addr.transport=socket,addr.type=unix,addr.path=PATH.",
         properties: &[],

@@ -96,17 +96,20 @@ pub const PARAMETERS: &[&str] =
 pub enum Capability {
     /// `events`: send a `MIGRATION` event at every change of status.
     Events,
+    /// `x-ignore-shared`: a mode that would copy guest RAM leaves what is shared where it is.
+    IgnoreShared,
 }
 
 impl Capability {
     /// Every capability there is.
-    pub const ALL: &[Self] = &[Self::Events];
+    pub const ALL: &[Self] = &[Self::Events, Self::IgnoreShared];
 
     /// The name users know it by.
     #[must_use]
     pub fn name(self) -> &'static str {
         match self {
             Self::Events => "events",
+            Self::IgnoreShared => "x-ignore-shared",
         }
     }
 

@@ -165,7 +165,7 @@ pub(super) const COMMANDS: &[HmpCommand] = &[
     HmpCommand {
         names: &["migrate_set_capability"],
         params: "NAME on|off",
-        help: "switch a migration capability (events)",
+        help: "switch a migration capability (events, x-ignore-shared)",
         args: &[Arg::Word(Words::Capability), Arg::Word(Words::OnOff)],
         run: migrate_set_capability,
     },

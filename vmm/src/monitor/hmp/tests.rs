@@ -188,7 +188,7 @@ fn mistakes_are_named() {
              cpr-defer-timeout, x-cpr-exec-keeper)",
         ),
         ("migrate_set_parameter cpr-exec-command a 'b", "Error: cpr-exec-command: a quotation mark"),
-        ("migrate_set_capability warp on", "'warp' (known: events)"),
+        ("migrate_set_capability warp on", "'warp' (known: events, x-ignore-shared)"),
         ("migrate_set_parameter x-cpr-exec-keeper maybe", "not 'maybe'"),
         ("migrate_set_parameter cpr-exec-timeout soon", "a number of milliseconds, not 'soon'"),
         ("migrate_set_capability events maybe", "not 'maybe'"),
