@@ -26,6 +26,7 @@ use crate::host::{Backing, GuestActivity, Host, StateWriter};
 use crate::mode::{Course, CprMode, HandOver, Introduced, ModeInfo, Prepared, Properties, Wait};
 use crate::notify::{Event, Notice, Notifier, NotifyError, Told};
 use crate::ownership::{Epoch, Lost, Owner};
+use crate::preflight::Reads;
 use crate::registry::FdRegistry;
 use crate::timeline::Stamp;
 
@@ -149,6 +150,7 @@ pub struct Update {
     told: Told,
     activity: Option<GuestActivity>,
     departed: bool,
+    reads: Option<Reads>,
 }
 
 /// Version 1 of the early `cpr-core/update` section.
@@ -202,6 +204,7 @@ impl Update {
             told: Told::default(),
             activity: None,
             departed: false,
+            reads: None,
         })
     }
 
@@ -223,6 +226,16 @@ impl Update {
     /// Whether the program has left its process: from then on it is the keeper of the old image.
     pub fn has_departed(&self) -> bool {
         self.departed
+    }
+
+    /// Which section versions the target reads, if it has said so.
+    pub fn reads(&self) -> Option<&Reads> {
+        self.reads.as_ref()
+    }
+
+    /// Notes which section versions the target reads, for a host that knows it by other means than the preflight.
+    pub fn set_reads(&mut self, reads: Reads) {
+        self.reads = Some(reads);
     }
 
     /// Goes one phase further. Once it has answered [`Step::Finished`], this and the other ways to end an update
