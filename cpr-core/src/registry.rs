@@ -269,6 +269,17 @@ impl FdRegistry {
         Ok(())
     }
 
+    /// Everything that is there, in order.
+    pub fn entries(&self) -> Vec<FdEntry> {
+        let mut entries = Vec::new();
+        let walked: Result<(), std::convert::Infallible> = self.walk_fd(|entry, _| {
+            entries.push(entry.clone());
+            Ok(())
+        });
+        let Ok(()) = walked;
+        entries
+    }
+
     /// The arrivals that nobody found yet, in order.
     pub fn unclaimed(&self) -> Vec<FdEntry> {
         crate::lock(&self.slots)
