@@ -153,6 +153,9 @@ impl fmt::Debug for FdRegistry {
 }
 
 impl FdRegistry {
+    /// Name of the early section that modes keep an encoded registry in.
+    pub const SECTION: &'static str = "cpr-core/registry";
+
     /// Enters `fd` under `name` and `id` for as long as somebody holds the `Arc`.
     ///
     /// # Errors
