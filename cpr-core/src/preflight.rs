@@ -383,6 +383,34 @@ impl SectionCatalogue {
     }
 }
 
+/// What a program takes beside page tables, in bytes: its own memory, and the kernel's for a VM and its vCPUs. Generous.
+const OWN_BYTES: u64 = 16 << 20;
+
+/// How much memory a second program around `ram_bytes` of guest RAM takes at most, in bytes, when the RAM is in pages of
+/// `page_bytes`: an entry of 8 bytes for each, and the program itself.
+pub fn second_program_bytes(ram_bytes: u64, page_bytes: u64) -> u64 {
+    (ram_bytes / page_bytes.max(1)).saturating_mul(8).saturating_add(OWN_BYTES)
+}
+
+/// Why a second program of `need_bytes` does not fit beside the first, if a control group of this process lacks the room.
+///
+/// # Errors
+/// The kernel does not tell which groups these are.
+pub fn lack_of_room(need_bytes: u64) -> std::io::Result<Option<String>> {
+    Ok(lacking(&oslib::cgroup::memory_limits()?, need_bytes))
+}
+
+fn lacking(limits: &[oslib::cgroup::MemoryLimit], need_bytes: u64) -> Option<String> {
+    let lacking = limits.iter().find(|limit| limit.room_bytes < need_bytes)?;
+    Some(format!(
+        "control group '{}' is limited to {} bytes of memory, of which {} are free; a second set of page tables for the \
+         guest's RAM can take {need_bytes}; raise the limit, at least for the time of the update",
+        lacking.group.display(),
+        lacking.limit_bytes,
+        lacking.room_bytes
+    ))
+}
+
 /// What the core itself adds to a host's manifest.
 pub(crate) fn complete(manifest: &mut Manifest, descriptors: Vec<FdEntry>) {
     let own = std::mem::take(manifest).section(UPDATE_SECTION, 0, 1..=1).section(ACTIVITY_SECTION, 0, 1..=1);
@@ -477,6 +505,29 @@ mod tests {
             "state section 'the machine in cpr-core/manifest' has version 2; this program reads version 1"
         );
         assert!(matches!(Verdict::take_from(&mut frame), Err(FrameError::MissingSection { .. })));
+    }
+
+    #[test]
+    fn page_tables_need_room_in_every_group() {
+        const GIB: u64 = 1 << 30;
+        assert_eq!(second_program_bytes(GIB, 4096), (2 << 20) + OWN_BYTES);
+        assert_eq!(second_program_bytes(GIB, 2 << 20), 4096 + OWN_BYTES);
+        let limit = |group: &str, room_bytes| oslib::cgroup::MemoryLimit {
+            group: group.into(),
+            limit_bytes: 2 * GIB,
+            room_bytes,
+        };
+        let limits = [limit("/near", 100), limit("/far", 50)];
+        assert_eq!(lacking(&limits, 50), None);
+        assert_eq!(lacking(&[], u64::MAX), None);
+        let said = lacking(&limits, 51).unwrap();
+        assert!(said.starts_with(
+            "control group '/far' is limited to 2147483648 bytes of memory, of which 50 are free"
+        ));
+        assert!(said.contains("can take 51;"), "{said}");
+        assert!(
+            lack_of_room(u64::MAX).unwrap().is_some() || oslib::cgroup::memory_limits().unwrap().is_empty()
+        );
     }
 
     #[test]

@@ -7,6 +7,7 @@
 //! - `commands`: what monitor commands do.
 //! - `departure`: what the program is while it runs the guest in the keeper.
 //! - `host`: what an update does to the program ([`cpr_core::Host`]), and the sections it saves.
+//! - `preflight`: what the next program is shown of the machine, and what this one says to another's.
 //! - `lifecycle`: run states, reset, power-off, the end.
 
 mod arrival;
@@ -16,6 +17,7 @@ mod front_ends;
 mod host;
 mod lifecycle;
 mod observer;
+mod preflight;
 
 use std::collections::BTreeMap;
 use std::os::fd::OwnedFd;
@@ -42,6 +44,7 @@ pub use host::{Arrived, EarlyState, FrontEndState, find_named_fds, read_machine,
 use lifecycle::Reset;
 pub use lifecycle::{Exit, RunState};
 pub use observer::BlackoutObserver;
+pub use preflight::{answer as answer_preflight, judge};
 
 /// How long an orderly end waits for peers to take the last output.
 const LAST_WORDS: Duration = Duration::from_millis(200);
@@ -295,6 +298,9 @@ impl App {
         self.update_wait = None;
         let mut step = update.step(self);
         loop {
+            if let Some(refusal) = update.preflight_refusal() {
+                self.progress.preflight_refusal.get_or_insert_with(|| refusal.to_owned());
+            }
             step = match step {
                 Step::Again => update.step(self),
                 Step::Terminal => match self.terminal.take() {
@@ -377,8 +383,9 @@ impl App {
         let mode = self.parts.settings.attempt(request)?;
         self.moves_out = !mode.properties().contains(Properties::SAME_PID);
         let (mode_name, course) = (mode.id().to_string(), mode.course());
-        let update = Update::begin(&self.parts.services, mode, self)
+        let mut update = Update::begin(&self.parts.services, mode, self)
             .map_err(|error| QmpError::generic(errors::text(&error)))?;
+        update.set_preflight(self.parts.settings.preflight());
         self.parts.observer.arm(update.control().clone(), course);
         self.progress = Progress {
             status: Status::Setup,
@@ -386,6 +393,7 @@ impl App {
             control: Some(update.control().clone()),
             mode: Some(mode_name),
             generation: self.parts.services.generation,
+            preflight_refusal: None,
         };
         self.emit_migration_event();
         self.update = Some(update);
