@@ -250,10 +250,13 @@ fn a_target_of_another_shape_says_why() -> anyhow::Result<()> {
             &format!("cpr-transfer preflight: the new program refuses: {early}"),
         )?;
         ensure!(other.status()? == "inmigrate" && other.cpr_socket().exists());
-        // A source that does not ask hears of it, too.
-        source.set_preflight("off")?;
+        // A source that goes on all the same hears of it once more.
+        source.set_preflight("warn")?;
         source.begin_transfer(&other.cpr_socket())?;
         fails_with(&mut source, &guest, late)?;
+        let info = source.qmp().execute("query-migrate", json!({}))?;
+        let told = info["cpr"]["preflight"].as_str().unwrap_or_default();
+        ensure!(told.starts_with("refused: the new program refuses: ") && told.contains(early), "{info}");
         ends_with(&mut other, late)?;
     }
     source.set_preflight("require")?;

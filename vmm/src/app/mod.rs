@@ -44,7 +44,7 @@ pub use host::{Arrived, EarlyState, FrontEndState, find_named_fds, read_machine,
 use lifecycle::Reset;
 pub use lifecycle::{Exit, RunState};
 pub use observer::BlackoutObserver;
-pub use preflight::{answer as answer_preflight, judge};
+pub use preflight::{answer as answer_preflight, judge, judge_shown, manifest_of};
 
 /// How long an orderly end waits for peers to take the last output.
 const LAST_WORDS: Duration = Duration::from_millis(200);
@@ -402,6 +402,8 @@ impl App {
 
     fn cancel_update(&mut self) {
         if let Some(mut update) = self.update.take() {
+            // Descriptors that stay readable from now on would keep the loop awake.
+            self.update_wait = None;
             let outcome = update.cancel(self);
             self.update_ended(outcome);
         }

@@ -126,23 +126,35 @@ impl RamManifest {
 impl App {
     /// What the next program is shown.
     pub(super) fn show_machine(&self) -> Manifest {
-        let config = &self.parts.config;
-        let machine =
-            MachineManifest { shape: MachineShape::of(config), ram: RamManifest::of(&config.memory) };
-        let moving = self.moves_out.then_some(MOVING);
-        let mut manifest = Manifest::default().host(1, &machine);
-        for (name, version) in SECTIONS.into_iter().chain(moving) {
-            let instances = if name == VCPU { config.cpus.into() } else { 1 };
-            for instance in 0..instances {
-                manifest = manifest.section(name, instance, version..=version);
-            }
-        }
-        manifest
+        manifest_of(&self.parts.config, self.moves_out)
     }
 }
 
-/// Whether a program with this command line could take over what `manifest` shows; `catalogue` has what the mode reads.
-pub fn judge(config: &Config, manifest: &Manifest, mut catalogue: SectionCatalogue) -> Verdict {
+/// The manifest of a machine with this configuration; `moves_out`: its guest moves to another process.
+pub fn manifest_of(config: &Config, moves_out: bool) -> Manifest {
+    let machine = MachineManifest { shape: MachineShape::of(config), ram: RamManifest::of(&config.memory) };
+    let mut manifest = Manifest::default().host(1, &machine);
+    for (name, version) in SECTIONS.into_iter().chain(moves_out.then_some(MOVING)) {
+        let instances = if name == VCPU { config.cpus.into() } else { 1 };
+        for instance in 0..instances {
+            manifest = manifest.section(name, instance, version..=version);
+        }
+    }
+    manifest
+}
+
+/// Whether a program with this command line could take over, here, what `manifest` shows; `catalogue` has what the mode reads.
+pub fn judge(config: &Config, manifest: &Manifest, catalogue: SectionCatalogue) -> Verdict {
+    judge_shown(config, manifest, catalogue, [check_kvm(config), check_room(&config.memory)])
+}
+
+/// The same, with what was found out about this host.
+pub fn judge_shown(
+    config: &Config,
+    manifest: &Manifest,
+    mut catalogue: SectionCatalogue,
+    here: [anyhow::Result<()>; 2],
+) -> Verdict {
     for (name, version) in SECTIONS {
         catalogue = catalogue.requires(name, version..=version);
     }
@@ -158,11 +170,9 @@ pub fn judge(config: &Config, manifest: &Manifest, mut catalogue: SectionCatalog
         machine.shape.check(&MachineShape::of(config)),
         machine.ram.check(&config.memory),
         check_front_ends(config),
-        check_kvm(config),
-        check_room(&machine),
     ];
-    let obstacles = checks.into_iter().filter_map(Result::err).map(|error| errors::text(error.as_ref()));
-    catalogue.judge(manifest, obstacles)
+    let obstacles = checks.into_iter().chain(here).filter_map(Result::err);
+    catalogue.judge(manifest, obstacles.map(|error| errors::text(error.as_ref())))
 }
 
 /// What would be found wrong with character devices when they are opened, without opening them.
@@ -181,8 +191,8 @@ fn check_kvm(config: &Config) -> anyhow::Result<()> {
     Ok(())
 }
 
-fn check_room(machine: &MachineManifest) -> anyhow::Result<()> {
-    let need = preflight::second_program_bytes(machine.shape.ram_bytes, machine.ram.page_bytes);
+fn check_room(memory: &MemoryConfig) -> anyhow::Result<()> {
+    let need = preflight::second_program_bytes(memory.size_bytes, RamManifest::of(memory).page_bytes);
     match preflight::lack_of_room(need) {
         Ok(Some(lacking)) => bail!(lacking),
         Ok(None) => Ok(()),
@@ -335,11 +345,35 @@ mod tests {
     }
 
     #[test]
+    fn what_is_shown_can_be_taken_over_by_the_same_program() {
+        let config = config(&format!("{MEMFD} -smp 3"));
+        let mut frame = FrameWriter::default();
+        // What the core and the mode add.
+        let shown = manifest_of(&config, false).section("cpr-core/update", 0, 1..=1);
+        let shown = shown.section("cpr-core/activity", 0, 1..=1).section("cpr-core/registry", 0, 1..=1);
+        let shown = shown.section("cpr-exec/process", 0, 1..=1);
+        shown.put_into(&mut frame).unwrap();
+        let manifest = Manifest::take_from(&mut Frame::parse(&frame.finish(1)).unwrap()).unwrap();
+        assert_eq!(manifest, shown);
+        let judge = |here| judge_shown(&config, &manifest, cpr_exec::catalogue(), here);
+        let verdict = judge([Ok(()), Ok(())]);
+        assert!(matches!(verdict, Verdict::Accepted(_)), "{verdict:?}");
+        let verdict = judge([Ok(()), Err(anyhow::anyhow!("no room"))]);
+        assert_eq!(verdict, Verdict::Refused(vec!["no room".into()]));
+        let names: Vec<_> = manifest.sections.iter().map(|section| section.name.as_str()).collect();
+        assert_eq!(names.iter().filter(|name| **name == VCPU).count(), 3);
+        assert!(!names.contains(&SERIAL_INPUT));
+        assert_eq!(manifest_of(&config, true).sections.len(), manifest_of(&config, false).sections.len() + 1);
+    }
+
+    #[test]
     fn a_manifest_of_another_host_is_refused() {
         let mut frame = FrameWriter::default();
         Manifest::default().host(7, &1u8).put_into(&mut frame).unwrap();
         let manifest = Manifest::take_from(&mut Frame::parse(&frame.finish(1)).unwrap()).unwrap();
-        let Verdict::Refused(reasons) = judge(&config(MEMFD), &manifest, cpr_exec::catalogue()) else {
+        let Verdict::Refused(reasons) =
+            judge_shown(&config(MEMFD), &manifest, cpr_exec::catalogue(), [Ok(()), Ok(())])
+        else {
             panic!()
         };
         let last = reasons.last().unwrap();
