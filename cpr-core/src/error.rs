@@ -22,6 +22,14 @@ pub enum UpdateError {
     /// The mode itself refuses: a parameter is missing or the new program cannot be run. Nothing was touched.
     #[error("{0}")]
     Refused(#[source] BoxError),
+    /// The target was asked beforehand and refuses, or gave no answer. Nothing was touched.
+    #[error("{mode} preflight: {reason}")]
+    Preflight {
+        /// The mode.
+        mode: ModeId,
+        /// What the target said, or what is known of its silence.
+        reason: String,
+    },
     /// A subscriber refused or failed.
     #[error(transparent)]
     Subscriber(#[from] NotifyError),

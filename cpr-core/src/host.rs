@@ -6,6 +6,7 @@ use std::time::Instant;
 use crate::error::BoxError;
 use crate::frame::{Frame, FrameWriter};
 use crate::mode::{ModeInfo, TerminalAction};
+use crate::preflight::Manifest;
 
 /// What a region of guest memory is made of, as far as an update that leaves it in place cares.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -72,6 +73,14 @@ pub trait Host {
     /// Every region of guest memory. What is not listed is lost: list all of it, in particular what must not be
     /// left behind.
     fn memory(&self) -> Vec<MemoryRegion>;
+
+    /// What the target is to be shown before anything is touched, for it to say whether it can take over: every section
+    /// that this program will write, with its versions. Descriptors and what this crate writes are added to it. `None`, the
+    /// default: the target is not asked.
+    fn manifest(&self, mode: &ModeInfo) -> Option<Manifest> {
+        let _ = mode;
+        None
+    }
 
     /// Whether the guest runs now. Asked before [`stop`](Self::stop), for the case that it fails half-way. A host
     /// whose user can pause the guest says so here, or a failed stop would set a paused guest running.

@@ -15,6 +15,7 @@ use crate::host::{GuestActivity, Host};
 use crate::mode::{MainSource, ModeInfo};
 use crate::notify::{Event, NotifyError, Told};
 use crate::ownership::Lost;
+use crate::preflight::REFUSAL_SECTION;
 use crate::registry::{FdEntry, FdPolicy, FdRegistry};
 use crate::timeline::{Report, Stamp};
 use crate::update::{ACTIVITY_SECTION, ActivitySection, Services, UPDATE_SECTION, UpdateSection, notice};
@@ -40,6 +41,7 @@ pub struct Incoming {
     early: Frame,
     activity: GuestActivity,
     told: Told,
+    refusal: Option<String>,
 }
 
 impl std::fmt::Debug for Incoming {
@@ -70,6 +72,7 @@ impl Incoming {
             update.generation.checked_add(u64::from(!arrival.control.rendezvous().is_fallback()));
         let generation =
             generation.ok_or_else(|| section.malformed(format!("generation {}", update.generation)))?;
+        let refusal = arrival.early.take(REFUSAL_SECTION, 0).map(|section| section.decode(1)).transpose()?;
         services.registry.absorb(arrival.registry).map_err(|error| section.malformed(error))?;
         services.generation = generation;
         let mut incoming = Incoming {
@@ -79,6 +82,7 @@ impl Incoming {
             early: arrival.early,
             activity: GuestActivity::Paused,
             told: Told::default(),
+            refusal,
         };
         match incoming.tell_all(Event::Adopt) {
             Ok(()) => Ok(incoming),
@@ -107,6 +111,11 @@ impl Incoming {
     /// The attempt's shared page.
     pub fn control(&self) -> &Control {
         &self.control
+    }
+
+    /// Why this program had refused beforehand, if its user went on all the same.
+    pub fn preflight_refusal(&self) -> Option<&str> {
+        self.refusal.as_deref()
     }
 
     /// The true blackout and its phases, as far as they are known.

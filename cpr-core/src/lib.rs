@@ -52,6 +52,8 @@ pub mod mode;
 #[cfg(not(loom))]
 pub mod notify;
 #[cfg(not(loom))]
+pub mod preflight;
+#[cfg(not(loom))]
 pub mod registry;
 #[cfg(not(loom))]
 pub mod rendezvous;

@@ -13,6 +13,7 @@ use std::time::Instant;
 use crate::error::BoxError;
 use crate::frame::Frame;
 use crate::host::StateWriter;
+use crate::preflight::{Asked, Manifest};
 use crate::update::Attempt;
 
 bitflags::bitflags! {
@@ -221,12 +222,13 @@ pub type TerminalAction = Box<dyn FnOnce() -> Result<(), BoxError> + Send>;
 /// A way to get from source to target.
 ///
 /// [`Update`](crate::Update) calls the methods in this order, each at most once per attempt unless it says
-/// otherwise; the two in parentheses only in modes whose [`course`](Self::course) has them:
+/// otherwise; `preflight` only if the host has a [manifest](crate::Host::manifest), and the two in parentheses only in modes
+/// whose [`course`](Self::course) has them:
 ///
 /// ```text
-/// check ─► prepare (again while Wait) ─► ( introduce ─► await_target (again while Wait) )
+/// check ─► preflight (again while Wait) ─► prepare (again while Wait) ─► ( introduce ─► await_target (again while Wait) )
 ///                                        ─► [guest stops, state is saved] ─► hand_over ─► (poll_hand_over …)
-/// nothing to undo │ any failure from prepare on ends in roll_back
+/// nothing to undo │ any failure from preflight on ends in roll_back
 /// ```
 pub trait CprMode {
     /// The mode's name. Open: pick one that nobody else uses.
@@ -240,11 +242,22 @@ pub trait CprMode {
         Course::Halted
     }
 
-    /// Preflight. The guest runs and nothing may be touched.
+    /// What can be said at once. The guest runs and nothing may be touched.
     ///
     /// # Errors
     /// Whatever already forbids the update: a missing parameter, a program that cannot be executed.
     fn check(&mut self) -> Result<(), BoxError>;
+
+    /// Shows the target the manifest, to which the mode adds what it will write itself, and hears its verdict, within a time
+    /// limit of the mode's own. The guest runs and nothing may be touched: a target that is asked opens nothing of the
+    /// guest's. A mode with nobody to ask has nothing to do here.
+    ///
+    /// # Errors
+    /// The target cannot be asked at all, and so not be updated to. That it says no, or nothing, is [`Asked::Refused`].
+    fn preflight(&mut self, attempt: &Attempt<'_>, manifest: &Manifest) -> Result<Asked, BoxError> {
+        let _ = (attempt, manifest);
+        Ok(Asked::Nobody)
+    }
 
     /// Gets everything ready that needs no stopped guest and none of its state.
     ///
@@ -294,7 +307,7 @@ pub trait CprMode {
         Ok(HandOver::Complete)
     }
 
-    /// Undoes whatever `prepare`, `hand_over` or a failed terminal action left behind, and ends the target, before the guest
+    /// Undoes whatever `preflight`, `prepare`, `hand_over` or a failed terminal action left behind, and ends the target, before the guest
     /// runs again. Must not fail: what cannot be undone is logged.
     fn roll_back(&mut self, attempt: &Attempt<'_>);
 }

@@ -153,6 +153,9 @@ impl fmt::Debug for FdRegistry {
 }
 
 impl FdRegistry {
+    /// Name of the early section that modes keep an encoded registry in.
+    pub const SECTION: &'static str = "cpr-core/registry";
+
     /// Enters `fd` under `name` and `id` for as long as somebody holds the `Arc`.
     ///
     /// # Errors
@@ -267,6 +270,17 @@ impl FdRegistry {
             }
         }
         Ok(())
+    }
+
+    /// Everything that is there, in order.
+    pub fn entries(&self) -> Vec<FdEntry> {
+        let mut entries = Vec::new();
+        let walked: Result<(), std::convert::Infallible> = self.walk_fd(|entry, _| {
+            entries.push(entry.clone());
+            Ok(())
+        });
+        let Ok(()) = walked;
+        entries
     }
 
     /// The arrivals that nobody found yet, in order.

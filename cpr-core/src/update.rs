@@ -1,12 +1,13 @@
 //! The source's half of an update, as a state machine that the host's own loop steps.
 //!
 //! ```text
-//!            ┌ Alongside: Introduce ─► Await ┐
-//!            ├ Departing: Depart ─► Terminal, then in the keeper: Await ┐
-//!  begin ─► Prepare ─► Halted: ──────────────┴─► Stop ─► Save ─► HandOver ─► (Terminal | wait) ─► gone
-//!   │ preflight:  └────────────────────────────────┴───────┴────────┴──────────────┘
-//!   └ nothing was                              any failure
-//!     touched                                      ▼
+//!                          ┌ Alongside: Introduce ─► Await ┐
+//!                          ├ Departing: Depart ─► Terminal, then in the keeper: Await ┐
+//!  begin ─► (Ask) ─► Prepare ─► Halted: ──────────────┴─► Stop ─► Save ─► HandOver ─► (Terminal | wait) ─► gone
+//!   │ preflight:  │        └────────────────────────────────┴───────┴────────┴──────────────┘
+//!   └─────────────┤                                     any failure
+//!     nothing was │                                         ▼
+//!     touched     └─► Finished
 //!                              word rolled back, mode undone, subscribers told
 //!                              RolledBack in reverse, guest resumed: Finished
 //! ```
@@ -26,6 +27,7 @@ use crate::host::{Backing, GuestActivity, Host, StateWriter};
 use crate::mode::{Course, CprMode, HandOver, Introduced, ModeInfo, Prepared, Properties, Wait};
 use crate::notify::{Event, Notice, Notifier, NotifyError, Told};
 use crate::ownership::{Epoch, Lost, Owner};
+use crate::preflight::{self, Asked, Manifest, Policy, REFUSAL_SECTION, Reads};
 use crate::registry::FdRegistry;
 use crate::timeline::Stamp;
 
@@ -149,6 +151,9 @@ pub enum Outcome {
 }
 
 enum State {
+    /// The host is to say what the target is shown.
+    Ask,
+    Asking(Manifest),
     Tell,
     Prepare,
     Introduce,
@@ -174,6 +179,10 @@ pub struct Update {
     told: Told,
     activity: Option<GuestActivity>,
     departed: bool,
+    preflight: Policy,
+    reads: Option<Reads>,
+    /// The target refused beforehand, and the user goes on all the same.
+    refusal: Option<String>,
 }
 
 /// Version 1 of the early `cpr-core/update` section.
@@ -199,7 +208,8 @@ pub(crate) struct ActivitySection {
 pub(crate) const ACTIVITY_SECTION: &str = "cpr-core/activity";
 
 impl Update {
-    /// Preflight, and the start of the attempt. The guest runs; on an error nothing was touched.
+    /// The start of an attempt, with that part of the preflight that takes no time. The guest runs; on an error nothing was
+    /// touched.
     ///
     /// # Errors
     /// [`UpdateError::Blocked`], [`UpdateError::Refused`] or [`UpdateError::Setup`].
@@ -223,10 +233,13 @@ impl Update {
             info,
             services: services.clone(),
             control,
-            state: State::Tell,
+            state: State::Ask,
             told: Told::default(),
             activity: None,
             departed: false,
+            preflight: Policy::default(),
+            reads: None,
+            refusal: None,
         })
     }
 
@@ -250,6 +263,27 @@ impl Update {
         self.departed
     }
 
+    /// What becomes of the update if the target refuses it beforehand: [`Policy::Require`] unless it is said here, before
+    /// the first step.
+    pub fn set_preflight(&mut self, policy: Policy) {
+        self.preflight = policy;
+    }
+
+    /// Why the target refused beforehand, if the update went on all the same ([`Policy::Warn`]).
+    pub fn preflight_refusal(&self) -> Option<&str> {
+        self.refusal.as_deref()
+    }
+
+    /// Which section versions the target reads, if it has said so.
+    pub fn reads(&self) -> Option<&Reads> {
+        self.reads.as_ref()
+    }
+
+    /// Notes which section versions the target reads, for a host that knows it by other means than the preflight.
+    pub fn set_reads(&mut self, reads: Reads) {
+        self.reads = Some(reads);
+    }
+
     /// Goes one phase further. Once it has answered [`Step::Finished`], this and the other ways to end an update
     /// answer [`UpdateError::Over`] and do nothing.
     pub fn step(&mut self, host: &mut dyn Host) -> Step {
@@ -261,6 +295,16 @@ impl Update {
 
     fn try_step(&mut self, host: &mut dyn Host) -> Result<Step, UpdateError> {
         match std::mem::replace(&mut self.state, State::Finished) {
+            State::Ask => {
+                let manifest = if self.preflight == Policy::Off { None } else { host.manifest(&self.info) };
+                let Some(mut manifest) = manifest else {
+                    self.state = State::Tell;
+                    return self.try_step(host);
+                };
+                preflight::complete(&mut manifest, self.services.registry.entries());
+                self.ask(manifest)
+            }
+            State::Asking(manifest) => self.ask(manifest),
             State::Tell => {
                 let _span = tracing::info_span!("prepare", mode = %self.info.id).entered();
                 self.state = State::Prepare;
@@ -357,6 +401,28 @@ impl Update {
         }
     }
 
+    fn ask(&mut self, manifest: Manifest) -> Result<Step, UpdateError> {
+        let _span = tracing::info_span!("preflight", mode = %self.info.id).entered();
+        let asked = self.mode.preflight(&attempt(&self.control, &self.services), &manifest);
+        match asked.map_err(|source| self.prepare_error(source))? {
+            Asked::Wait(wait) => {
+                self.state = State::Asking(manifest);
+                return Ok(Step::Wait(wait));
+            }
+            Asked::Nobody => {}
+            Asked::Accepted(reads) => self.reads = Some(reads),
+            Asked::Refused(reason) if self.preflight == Policy::Warn => {
+                tracing::warn!(%reason, "preflight refused the update, which goes on");
+                self.refusal = Some(reason);
+            }
+            Asked::Refused(reason) => {
+                return Err(UpdateError::Preflight { mode: self.info.id.clone(), reason });
+            }
+        }
+        self.state = State::Tell;
+        Ok(Step::Again)
+    }
+
     fn after_hand_over(
         &mut self,
         host: &mut dyn Host,
@@ -390,6 +456,9 @@ impl Update {
         host.save_early(&self.info, &mut early).map_err(UpdateError::Save)?;
         let section = UpdateSection { mode: self.info.id.to_string(), generation: self.services.generation };
         early.put_value(UPDATE_SECTION, 0, 1, &section).map_err(save_error)?;
+        if let Some(refusal) = &self.refusal {
+            early.put_value(REFUSAL_SECTION, 0, 1, refusal).map_err(save_error)?;
+        }
         Ok(early)
     }
 

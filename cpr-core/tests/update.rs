@@ -14,6 +14,7 @@ use std::time::{Duration, Instant};
 use cpr_core::error::BoxError;
 use cpr_core::frame::{Frame, FrameWriter};
 use cpr_core::ownership::Owner;
+use cpr_core::preflight::{Asked, Manifest, Policy, SectionCatalogue, Verdict};
 use cpr_core::{
     Arrival, Attempt, Backing, Control, Course, CprMode, Event, FdKind, FdPolicy, FdRegistry, GuestActivity,
     HandOver, Host, Incoming, IncomingError, Introduced, MainSource, MemoryRegion, ModeId, ModeInfo, ModeSet,
@@ -64,6 +65,9 @@ struct FakeMode {
     last_act: Result<(), &'static str>,
     plan: Plan,
     frames: Frames,
+    /// What the target says to a manifest, after it has kept the mode waiting once; or there is nobody to ask.
+    verdict: Option<Verdict>,
+    has_asked: bool,
 }
 
 impl FakeMode {
@@ -79,6 +83,8 @@ impl FakeMode {
             last_act: Err("came back"),
             plan: Plan::Wait(0),
             frames: Frames::default(),
+            verdict: None,
+            has_asked: false,
         }
     }
 
@@ -153,6 +159,17 @@ impl CprMode for FakeMode {
         if self.fails_at == Some("check") { Err("broken check".into()) } else { Ok(()) }
     }
 
+    fn preflight(&mut self, attempt: &Attempt<'_>, manifest: &Manifest) -> Result<Asked, BoxError> {
+        self.visit(attempt, "preflight")?;
+        let sections: Vec<_> = manifest.sections.iter().map(|section| section.name.as_str()).collect();
+        assert_eq!(sections, ["clock", "cpr-core/update", "cpr-core/activity"]);
+        let Some(verdict) = &self.verdict else { return Ok(Asked::Nobody) };
+        if !std::mem::replace(&mut self.has_asked, true) {
+            return Ok(Asked::Wait(soon()));
+        }
+        Ok(verdict.clone().into_asked())
+    }
+
     fn prepare(&mut self, attempt: &Attempt<'_>) -> Result<Prepared, BoxError> {
         self.visit(attempt, "prepare")?;
         Ok(ready_after(&mut self.prepare_waits))
@@ -204,6 +221,7 @@ struct FakeHost {
     finds: Vec<&'static str>,
     found: Vec<Arc<OwnedFd>>,
     services: Services,
+    manifest: Option<Manifest>,
 }
 
 impl FakeHost {
@@ -220,6 +238,7 @@ impl FakeHost {
             finds: Vec::new(),
             found: Vec::new(),
             services: services.clone(),
+            manifest: None,
         }
     }
 
@@ -240,6 +259,11 @@ impl FakeHost {
 impl Host for FakeHost {
     fn memory(&self) -> Vec<MemoryRegion> {
         self.memory.clone()
+    }
+
+    fn manifest(&self, mode: &ModeInfo) -> Option<Manifest> {
+        assert_eq!(mode.id, MODE);
+        self.manifest.clone()
     }
 
     fn activity(&self) -> GuestActivity {
@@ -417,6 +441,120 @@ fn sections((early, main): &(Vec<u8>, Vec<u8>)) -> [String; 2] {
 /// What comes with the target's introduction, and what with the hand over.
 const EARLY: &str = "cpr-core/update/0";
 const MAIN: &str = "clock/0 cpr-core/activity/0";
+
+/// An update with a preflight, whose target has this to say.
+fn asked(
+    log: &Log,
+    services: &Services,
+    verdict: Option<Verdict>,
+    policy: Policy,
+) -> (Update, FakeHost, Frames) {
+    let mut host = FakeHost::new(log, services);
+    host.manifest = Some(Manifest::default().section("clock", 0, 1..=1));
+    let mode = FakeMode { verdict, ..FakeMode::new(log) };
+    let frames = mode.frames.clone();
+    let mut update = Update::begin(services, Box::new(mode), &host).unwrap();
+    update.set_preflight(policy);
+    (update, host, frames)
+}
+
+fn refusal() -> Option<Verdict> {
+    Some(Verdict::Refused(vec!["no clock here".into(), "no room".into()]))
+}
+
+#[test]
+fn the_target_is_asked_before_anybody_is_told() {
+    let (log, services) = (Log::default(), Services::default());
+    let _subscriber = subscribe(&services, &log, "subscriber", OrderClass::NORMAL, None);
+    let reads = SectionCatalogue::default().reads("clock", 1..=3);
+    let verdict = reads.judge(&Manifest::default().section("cpr-core/update", 0, 1..=1), []);
+    assert!(matches!(verdict, Verdict::Refused(_)), "a manifest without the core's own sections");
+    let verdict = Verdict::Accepted(vec![cpr_core::preflight::SectionRange {
+        name: "clock".into(),
+        least: 1,
+        most: 3,
+    }]);
+    let (mut update, mut host, frames) = asked(&log, &services, Some(verdict), Policy::Require);
+    assert!(matches!(run(&mut update, &mut host, &log), Outcome::HandedOver));
+    let said = log.take();
+    let expected = [
+        "mode check",
+        "mode preflight",
+        "loop waits",
+        "mode preflight",
+        "subscriber Prepare",
+        "mode prepare",
+    ];
+    assert_eq!(said[..6], expected);
+    assert_eq!(update.reads().and_then(|reads| reads.get("clock")), Some(1..=3));
+    assert_eq!(update.preflight_refusal(), None);
+    assert_eq!(sections(&frames.lock().unwrap()[0]), [EARLY, MAIN]);
+}
+
+#[test]
+fn a_target_that_refuses_beforehand_undoes_nothing() {
+    let (log, services) = (Log::default(), Services::default());
+    let _subscriber = subscribe(&services, &log, "subscriber", OrderClass::NORMAL, None);
+    let (mut update, mut host, _) = asked(&log, &services, refusal(), Policy::Require);
+    let error = failure(run(&mut update, &mut host, &log));
+    assert_eq!(error, "a-mode-of-this-test preflight: the new program refuses: no clock here; no room");
+    let expected = ["mode check", "mode preflight", "loop waits", "mode preflight", "mode roll_back"];
+    assert_eq!(log.take(), expected);
+    assert_eq!(update.reads(), None);
+}
+
+#[test]
+fn a_refusal_that_the_user_overrules_is_remembered_on_both_sides() {
+    let (log, services) = (Log::default(), Services::default());
+    let (mut update, mut host, frames) = asked(&log, &services, refusal(), Policy::Warn);
+    assert!(matches!(run(&mut update, &mut host, &log), Outcome::HandedOver));
+    let reason = "the new program refuses: no clock here; no room";
+    assert_eq!(update.preflight_refusal(), Some(reason));
+    let (early, _) = frames.lock().unwrap()[0].clone();
+    let mut services = Services::default();
+    let arrival = Arrival {
+        mode: update.mode().clone(),
+        early: Frame::parse(&early).unwrap(),
+        registry: FdRegistry::default(),
+        control: update.control().clone(),
+    };
+    let mut incoming = Incoming::begin(&mut services, arrival).unwrap();
+    assert_eq!(incoming.preflight_refusal(), Some(reason));
+    assert_eq!(incoming.early().remaining(), [""; 0]);
+}
+
+#[test]
+fn nobody_is_asked_in_vain() {
+    let (log, services) = (Log::default(), Services::default());
+    // The mode cannot ask; the user does not want it; the host has nothing to show; the mode fails at it.
+    let (mut update, mut host, _) = asked(&log, &services, None, Policy::Require);
+    assert!(matches!(run(&mut update, &mut host, &log), Outcome::HandedOver));
+    assert_eq!(log.count("mode preflight"), 1);
+    log.take();
+    let (mut update, mut host, _) = asked(&log, &services, refusal(), Policy::Off);
+    assert!(matches!(run(&mut update, &mut host, &log), Outcome::HandedOver));
+    let (mut update, mut host, _) = asked(&log, &services, refusal(), Policy::Require);
+    host.manifest = None;
+    assert!(matches!(run(&mut update, &mut host, &log), Outcome::HandedOver));
+    assert_eq!(log.count("mode preflight"), 0);
+    let mut host = FakeHost::new(&log, &services);
+    host.manifest = Some(Manifest::default().section("clock", 0, 1..=1));
+    let mode = FakeMode { fails_at: Some("preflight"), ..FakeMode::new(&log) };
+    let mut update = Update::begin(&services, Box::new(mode), &host).unwrap();
+    update.set_preflight(Policy::Warn);
+    let error = failure(run(&mut update, &mut host, &log));
+    assert_eq!(error, "a-mode-of-this-test could not prepare: broken preflight");
+}
+
+#[test]
+fn an_update_is_cancelled_while_the_target_is_asked() {
+    let (log, services) = (Log::default(), Services::default());
+    let (mut update, mut host, _) = asked(&log, &services, refusal(), Policy::Require);
+    run_until_wait(&mut update, &mut host);
+    log.take();
+    assert_eq!(failure(update.cancel(&mut host)), "the update was cancelled");
+    assert_eq!(log.take(), ["mode roll_back"]);
+}
 
 #[test]
 fn a_departing_program_runs_the_guest_elsewhere_until_the_target_is_ready() {

@@ -144,13 +144,13 @@ pub(crate) struct LastWords {
 }
 
 /// Bytes of last words that are told.
-const LAST_BYTES: u64 = 2048;
+pub(crate) const LAST_BYTES: usize = 2048;
 
 impl LastWords {
     /// The end of what was said so far.
     pub(crate) fn read(&self) -> String {
         let len = oslib::memfd::len(&self.memfd).unwrap_or(0);
-        let bytes = self.read_from(len.saturating_sub(LAST_BYTES));
+        let bytes = self.read_from(len.saturating_sub(LAST_BYTES as u64));
         String::from_utf8_lossy(&bytes).trim().to_owned()
     }
 

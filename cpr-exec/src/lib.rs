@@ -12,10 +12,14 @@
 //! - Source: hand a [`CprExec`] to [`cpr_core::Update::begin`], and go on stepping the update after the terminal action
 //!   came back with `Ok`.
 //! - Target: call [`receive`] first thing in `main`, before anything is opened; and [`fall_back`] when it fails.
+//! - Before that, if the source's host has a [manifest](cpr_core::Host::manifest): the program is started once more, to be asked
+//!   whether it can take over. [`preflight_request`] finds out.
 //!
 //! The crate refuses to know what the program is: it is used by `cpr-vmm`, and `examples/echo.rs` keeps the TCP
 //! connections of an echo server with it.
 
+mod answer;
+mod ask;
 mod channel;
 mod cleanup;
 mod environment;
@@ -23,9 +27,10 @@ mod fallback;
 mod source;
 mod target;
 
+pub use answer::{PreflightRequest, catalogue, preflight_request};
 pub use channel::{ChannelError, MainChannel};
 pub use cleanup::KeeperEnd;
-pub use environment::{EnvironmentError, RESERVED_PREFIX, STATE_VARIABLE};
+pub use environment::{EnvironmentError, PREFLIGHT_VARIABLE, RESERVED_PREFIX, STATE_VARIABLE};
 pub use fallback::fall_back;
 pub use source::{CommandError, CprExec};
 pub use target::{ExecArrival, MainReader, ReceiveError, receive};
@@ -76,7 +81,12 @@ mod names {
     /// All of them.
     pub(crate) const OWN: [&str; 7] = [CONTROL, DOORBELL, MAIN, PROGRAM, DIRECTORY, STDERR, LAST_WORDS];
     pub(crate) const PROCESS_SECTION: &str = "cpr-exec/process";
-    pub(crate) const REGISTRY_SECTION: &str = "cpr-core/registry";
+    /// In the frame of a manifest: where the main frame will be.
+    pub(crate) const CHANNEL_SECTION: &str = "cpr-exec/main-channel";
+    /// In the frame of a verdict: the process that gives it.
+    pub(crate) const ANSWER_SECTION: &str = "cpr-exec/answer";
+    /// Feature: the source runs the guest until the target asks for the state.
+    pub(crate) const LIVE_SOURCE: &str = "cpr-exec/live-source";
 }
 
 /// Version 1 of the `cpr-exec/process` section: what of the process itself exec does not keep by itself.

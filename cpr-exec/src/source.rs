@@ -8,16 +8,18 @@ use std::time::Duration;
 use cpr_core::error::BoxError;
 use cpr_core::frame::{FrameWriter, sealed_memfd};
 use cpr_core::ownership::Owner;
+use cpr_core::preflight::{Asked, Manifest};
 use cpr_core::{
     Attempt, Control, Course, CprMode, FdKind, FdPolicy, FdRegistry, HandOver, Introduced, ModeId, Prepared,
     Properties, Stamp, StateWriter, TargetPhase, TerminalAction, Wait, Watchdog,
 };
 use oslib::eventfd::EventFd;
-use oslib::exec::{PreparedExec, ProgramError};
+use oslib::exec::{FileIdentity, PreparedExec, ProgramError};
 use oslib::keeper::Keeper;
 use oslib::pidfd::PidFd;
 use oslib::signals::{self, SignalMask};
 
+use crate::ask::{Asking, Question};
 use crate::channel::{MainChannel, OpenChannel};
 use crate::fallback::{LastWords, SIGABRT, with_words};
 use crate::{FallbackWire, MODE, PROPERTIES, ProcessSection, environment, names};
@@ -51,6 +53,10 @@ pub struct CprExec {
     /// The program that `fallback` executes, and its working directory.
     program: Option<[Arc<OwnedFd>; 2]>,
     words: Option<LastWords>,
+    timeout: Option<Duration>,
+    asking: Option<Asking>,
+    /// What the program was that is asked, or has said that it can take over.
+    asked: Option<FileIdentity>,
     /// The target was told to give up, because it made no progress.
     aborted: bool,
     open: Option<OpenChannel>,
@@ -76,6 +82,9 @@ impl CprExec {
             fallback: None,
             program: None,
             words: None,
+            timeout: Some(TIMEOUT),
+            asking: None,
+            asked: None,
             aborted: false,
             open: None,
             doorbell: None,
@@ -93,10 +102,12 @@ impl CprExec {
         self
     }
 
-    /// How long the target may go without progress before it is given up, 5 s by default; and how long its user may take
-    /// to say where the state comes from (`-incoming defer`), for ever by default. Needs the keeper.
+    /// How long the program may take to answer a preflight, and how long the target may go without progress before it is given
+    /// up, 5 s by default; and how long its user may take to say where the state comes from (`-incoming defer`), for ever by
+    /// default. The latter two need the keeper.
     #[must_use]
     pub fn time_limits(mut self, timeout: Option<Duration>, defer_timeout: Option<Duration>) -> Self {
+        self.timeout = timeout;
         self.watchdog = Watchdog::new(timeout, defer_timeout);
         self
     }
@@ -149,7 +160,7 @@ impl CprExec {
         early.put_value(names::PROCESS_SECTION, 0, 1, &process)?;
         // Numbers are kept by exec, so a number is all that the target needs to find a descriptor again.
         let registry = attempt.registry.encode(|_, fd| Ok::<_, BoxError>(fd.as_raw_fd().try_into()?))?;
-        early.put(names::REGISTRY_SECTION, 0, 1, registry)?;
+        early.put(FdRegistry::SECTION, 0, 1, registry)?;
         let state = sealed_memfd("cpr-state", &early.finish(attempt.control.epoch()))?;
 
         let program = self.find_program()?;
@@ -160,6 +171,7 @@ impl CprExec {
         )?;
         let last = LastAct {
             program: program.into_os_string(),
+            asked: self.asked,
             exec,
             state,
             registry: attempt.registry.clone(),
@@ -179,6 +191,17 @@ impl CprExec {
         };
         let words = self.words.as_ref().map(LastWords::read).unwrap_or_default();
         with_words(what, &words)
+    }
+
+    fn answered(&mut self, asked: Asked) -> Asked {
+        if !matches!(asked, Asked::Wait(_)) {
+            self.asking = None;
+        }
+        if !matches!(asked, Asked::Wait(_) | Asked::Accepted(_)) {
+            // Whatever it is by the time it is executed, it is not worse.
+            self.asked = None;
+        }
+        asked
     }
 
     fn channel(&mut self) -> Result<&mut OpenChannel, BoxError> {
@@ -245,6 +268,29 @@ impl CprMode for CprExec {
         Ok(())
     }
 
+    fn preflight(&mut self, attempt: &Attempt<'_>, manifest: &Manifest) -> Result<Asked, BoxError> {
+        if self.asking.is_none() {
+            let program = self.find_program()?;
+            self.asked = Some(FileIdentity::of(&program)?);
+            let question = Question {
+                program: &program,
+                command: &self.command,
+                mask: self.signal_mask,
+                manifest,
+                main: self.main.to_wire(),
+                keeper: self.keeper,
+                epoch: attempt.control.epoch(),
+            };
+            match question.ask(self.timeout)? {
+                Ok(asking) => self.asking = Some(asking),
+                Err(reason) => return Ok(self.answered(Asked::Refused(reason))),
+            }
+        }
+        let asking = self.asking.as_mut().ok_or("nobody is asked")?;
+        let asked = asking.poll()?;
+        Ok(self.answered(asked))
+    }
+
     fn prepare(&mut self, attempt: &Attempt<'_>) -> Result<Prepared, BoxError> {
         let registry = attempt.registry;
         registry.resave(names::CONTROL, 0, FdKind::Memfd, FdPolicy::MustSurvive, attempt.control.fd())?;
@@ -307,6 +353,8 @@ impl CprMode for CprExec {
     }
 
     fn roll_back(&mut self, attempt: &Attempt<'_>) {
+        // Ends with whoever asks.
+        self.asking = None;
         if let Some(departure) = self.departure.lock().unwrap_or_else(PoisonError::into_inner).take() {
             end_successor(&departure.successor);
             if let Some(name) = departure.name {
@@ -375,6 +423,8 @@ struct Departure {
 /// Everything that the exec needs, so that the terminal action allocates as little as it can.
 struct LastAct {
     program: OsString,
+    /// What it was when it said that it can take over.
+    asked: Option<FileIdentity>,
     exec: PreparedExec,
     state: OwnedFd,
     registry: FdRegistry,
@@ -391,6 +441,17 @@ impl LastAct {
         // A target of an update that was cancelled since could never commit, and the guest would be lost.
         if self.control.ownership().owner() != Some(Owner::Source) {
             return Err("the update ended before it was executed".into());
+        }
+        if let Some(asked) = self.asked {
+            let program = self.program.display();
+            let found = FileIdentity::of(&self.program).map_err(|error| format!("'{program}': {error}"))?;
+            if found != asked {
+                return Err(format!(
+                    "'{program}' was changed since it was asked whether it can take over; migrate again to ask what is \
+                     there now"
+                )
+                .into());
+            }
         }
         let name = oslib::process::name().ok();
         let mask = signals::block_all().map_err(|error| format!("signals could not be blocked: {error}"))?;

@@ -25,18 +25,23 @@ pub enum ReceiveError {
     #[error(transparent)]
     Environment(#[from] EnvironmentError),
     /// The number is no open descriptor that an exec could have passed on.
-    #[error(
-        "environment variable {STATE_VARIABLE} names descriptor {number}, which was not passed on: {source}"
-    )]
+    #[error("environment variable {variable} names descriptor {number}, which was not passed on: {source}")]
     NotInherited {
+        /// The variable.
+        variable: &'static str,
         /// The number.
         number: i32,
         /// The cause.
         source: io::Error,
     },
     /// The number is open, but it is something else.
-    #[error("environment variable {STATE_VARIABLE} names descriptor {0}, which is no memfd")]
-    NotAMemfd(i32),
+    #[error("environment variable {variable} names descriptor {number}, which is no memfd")]
+    NotAMemfd {
+        /// The variable.
+        variable: &'static str,
+        /// The number.
+        number: i32,
+    },
     /// The early frame is damaged, or not what this version reads.
     #[error("the CPR state left by the previous program cannot be used: {0}")]
     State(#[source] BoxError),
@@ -102,10 +107,14 @@ impl MainReader {
 /// guest: it is still the previous program's.
 pub fn receive() -> Result<Option<ExecArrival>, ReceiveError> {
     let Some(number) = take_state_variable()? else { return Ok(None) };
-    let state =
-        oslib::inherited::take(number).map_err(|source| ReceiveError::NotInherited { number, source })?;
+    let variable = STATE_VARIABLE;
+    let state = oslib::inherited::take(number).map_err(|source| ReceiveError::NotInherited {
+        variable,
+        number,
+        source,
+    })?;
     if !oslib::memfd::is_memfd(&state).unwrap_or(false) {
-        return Err(ReceiveError::NotAMemfd(number));
+        return Err(ReceiveError::NotAMemfd { variable, number });
     }
     take_over(state).map(Some).map_err(ReceiveError::State)
 }
@@ -113,7 +122,7 @@ pub fn receive() -> Result<Option<ExecArrival>, ReceiveError> {
 fn take_over(state: OwnedFd) -> Result<ExecArrival, BoxError> {
     let mut early = Frame::read_memfd(&state)?;
     let process: ProcessSection = early.require(names::PROCESS_SECTION, 0)?.decode(1)?;
-    let registry = FdRegistry::decode(&early.require(names::REGISTRY_SECTION, 0)?, |_, token| {
+    let registry = FdRegistry::decode(&early.require(FdRegistry::SECTION, 0)?, |_, token| {
         Ok(oslib::inherited::take(i32::try_from(token)?)?)
     })?;
     let control: Arc<OwnedFd> = registry.find(names::CONTROL, 0).ok_or("its control page is missing")?;

@@ -9,8 +9,10 @@
 //! ```text
 //!   target                                   source
 //!   Listener::bind
-//!                       ◄──── hello ───────  prepare: connects
+//!                       ◄──── hello ───────  preflight or prepare: connects
 //!   its pidfd           ───── hello ──────►
+//!                       ◄─── manifest ─────  preflight
+//!   can it be done?     ──── verdict ─────►
 //!                       ◄─ introduction ───  introduce: early frame, control page, state memfd, doorbell, pidfd, registry
 //!   builds, then Ready, rings ────────────►  await_target
 //!   waits for the word  ◄─── published ────  stops the guest, saves, hand_over
@@ -31,7 +33,7 @@ mod target;
 
 pub use protocol::{PeerError, VERSION};
 pub use source::{CprTransfer, Endpoint};
-pub use target::{ListenError, Listener, SourceEnd, TransferArrival};
+pub use target::{ListenError, Listener, SourceEnd, TransferArrival, catalogue};
 
 use cpr_core::{ModeId, ModeInfo, Properties};
 
@@ -48,6 +50,3 @@ pub const PROPERTIES: Properties = Properties::RAM_IN_PLACE
 pub fn mode_info() -> ModeInfo {
     ModeInfo { id: MODE, properties: PROPERTIES }
 }
-
-/// The early section with the names of the descriptors that were sent.
-const REGISTRY_SECTION: &str = "cpr-core/registry";

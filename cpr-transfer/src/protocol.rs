@@ -4,6 +4,8 @@
 //! | kind | from | body | descriptors |
 //! |---|---|---|---|
 //! | `HELO` | both | version, u32 little-endian | the target's: its pidfd |
+//! | `MANI` | source, perhaps | none | the frame with its manifest |
+//! | `VERD` | target, in answer to that | none | the frame with its verdict |
 //! | `INTR` | source | number of registry descriptors, u32 | [`Introduction`], then the registry's |
 //! | `NOPE` | target | why not, UTF-8 | none |
 //!
@@ -20,9 +22,11 @@ use oslib::scm::{self, Limits, Message, RecvError};
 use oslib::{process, uds};
 
 /// The version of the protocol. Programs of different versions do not transfer.
-pub const VERSION: u32 = 1;
+pub const VERSION: u32 = 2;
 
 const HELLO: &[u8; 4] = b"HELO";
+const MANIFEST: &[u8; 4] = b"MANI";
+const VERDICT: &[u8; 4] = b"VERD";
 const INTRODUCTION: &[u8; 4] = b"INTR";
 const REFUSAL: &[u8; 4] = b"NOPE";
 
@@ -91,6 +95,8 @@ const OWN_FDS: usize = 5;
 /// What came.
 pub(crate) enum Heard {
     Hello(Vec<OwnedFd>),
+    Manifest(OwnedFd),
+    Verdict(OwnedFd),
     Introduction(Introduction<OwnedFd>, Vec<OwnedFd>),
 }
 
@@ -116,6 +122,14 @@ impl Link {
     pub(crate) fn hello(&self, pidfd: Option<&PidFd>) -> io::Result<()> {
         let fds: Vec<BorrowedFd<'_>> = pidfd.iter().map(|pidfd| pidfd.as_fd()).collect();
         self.send(HELLO, &VERSION.to_le_bytes(), &fds)
+    }
+
+    pub(crate) fn show(&self, manifest: &OwnedFd) -> io::Result<()> {
+        self.send(MANIFEST, &[], &[manifest.as_fd()])
+    }
+
+    pub(crate) fn judge(&self, verdict: &OwnedFd) -> io::Result<()> {
+        self.send(VERDICT, &[], &[verdict.as_fd()])
     }
 
     pub(crate) fn introduce(
@@ -157,6 +171,8 @@ impl Link {
                 VERSION => Ok(Heard::Hello(fds)),
                 other => Err(PeerError::Version(other)),
             },
+            MANIFEST => only(fds).map(Heard::Manifest),
+            VERDICT => only(fds).map(Heard::Verdict),
             INTRODUCTION => {
                 let expected = usize::try_from(number()?).unwrap_or(usize::MAX).saturating_add(OWN_FDS);
                 let mut fds = fds.into_iter();
@@ -189,6 +205,14 @@ impl AsFd for Link {
     fn as_fd(&self) -> BorrowedFd<'_> {
         self.0.as_fd()
     }
+}
+
+/// The memfd that comes with a message.
+fn only(fds: Vec<OwnedFd>) -> Result<OwnedFd, PeerError> {
+    let found = fds.len();
+    let [fd] = <[OwnedFd; 1]>::try_from(fds).map_err(|_| PeerError::Descriptors { expected: 1, found })?;
+    // Reading from anything else could take for ever.
+    if oslib::memfd::is_memfd(&fd)? { Ok(fd) } else { Err(PeerError::Foreign) }
 }
 
 /// User id of root.

@@ -10,11 +10,12 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use cpr_core::error::BoxError;
-use cpr_core::frame::sealed_memfd;
-use cpr_core::ownership::Owner;
+use cpr_core::frame::{Frame, FrameWriter, sealed_memfd};
+use cpr_core::ownership::{Epoch, Owner};
+use cpr_core::preflight::{Asked, Manifest, Verdict};
 use cpr_core::{
-    Attempt, Course, CprMode, HandOver, Introduced, ModeId, Prepared, Properties, Stamp, StateWriter,
-    TargetPhase, Wait, Watchdog,
+    Attempt, Course, CprMode, FdRegistry, HandOver, Introduced, ModeId, Prepared, Properties, Stamp,
+    StateWriter, TargetPhase, Wait, Watchdog,
 };
 use oslib::eventfd::EventFd;
 use oslib::memfd::{self, Memfd};
@@ -22,7 +23,7 @@ use oslib::pidfd::PidFd;
 use oslib::uds;
 
 use crate::protocol::{Heard, Introduction, Link, MAX_FDS, PeerError, process_of};
-use crate::{MODE, PROPERTIES, REGISTRY_SECTION};
+use crate::{MODE, PROPERTIES};
 
 /// Where the target is.
 #[derive(Debug)]
@@ -58,6 +59,8 @@ pub struct CprTransfer {
     deadline: Option<Instant>,
     link: Option<Link>,
     target: Option<Target>,
+    /// The target was shown the manifest.
+    has_asked: bool,
 }
 
 /// A target that has answered.
@@ -90,6 +93,7 @@ impl CprTransfer {
             deadline: None,
             link: None,
             target: None,
+            has_asked: false,
         }
     }
 
@@ -153,6 +157,43 @@ impl CprTransfer {
         Ok(Target { process, doorbell, main, is_introduced: false, has_state: false, watched })
     }
 
+    /// Finds the target and exchanges greetings with it, once. What is to be waited for before it is called again.
+    fn greet(&mut self) -> Result<Option<Wait>, BoxError> {
+        if self.target.is_some() {
+            return Ok(None);
+        }
+        let now = Instant::now();
+        let deadline = *self.deadline.get_or_insert(now + self.timeout);
+        let is_late = now >= deadline;
+        if self.link.is_none() {
+            self.link = self.connect()?;
+        }
+        let Some(link) = &self.link else {
+            if is_late {
+                return Err(format!("{} takes no connections: its queue is full", self.place).into());
+            }
+            return Ok(Some(Wait { fds: Vec::new(), deadline: Some(now + QUEUE_POLL) }));
+        };
+        if !link.is_readable()? {
+            if is_late {
+                return Err(format!("{}: {}", self.place, PeerError::Silent(self.timeout)).into());
+            }
+            let fds = vec![Arc::new(link.as_fd().try_clone_to_owned()?)];
+            return Ok(Some(Wait { fds, deadline: Some(deadline) }));
+        }
+        self.target = Some(self.answer(link)?);
+        Ok(None)
+    }
+
+    /// The manifest as the target is to see it.
+    fn manifest_frame(&self, manifest: &Manifest, epoch: Epoch) -> Result<OwnedFd, BoxError> {
+        let mut manifest = manifest.clone().section(FdRegistry::SECTION, 0, 1..=1);
+        manifest.descriptors.retain(|entry| !self.stays.contains(&entry.name));
+        let mut frame = FrameWriter::default();
+        manifest.put_into(&mut frame)?;
+        Ok(sealed_memfd("cpr-manifest", &frame.finish(epoch))?)
+    }
+
     fn parts(&self) -> Result<(&Link, &Target), BoxError> {
         self.link.as_ref().zip(self.target.as_ref()).ok_or_else(|| "there is no target".into())
     }
@@ -165,6 +206,8 @@ impl CprTransfer {
         let is_ours = || attempt.control.ownership().owner() == Some(Owner::Source);
         if is_ours() && link.is_readable()? {
             match link.hear() {
+                // One that nobody waits for any more.
+                Ok(Heard::Verdict(_)) => {}
                 Ok(_) => return Err(PeerError::OutOfTurn.into()),
                 // It can have committed meanwhile, as the last thing it did.
                 Err(PeerError::Receive(_)) if !is_ours() => {}
@@ -207,28 +250,37 @@ impl CprMode for CprTransfer {
         }
     }
 
-    fn prepare(&mut self, _: &Attempt<'_>) -> Result<Prepared, BoxError> {
-        let now = Instant::now();
-        let deadline = *self.deadline.get_or_insert(now + self.timeout);
-        let is_late = now >= deadline;
-        if self.link.is_none() {
-            self.link = self.connect()?;
+    fn preflight(&mut self, attempt: &Attempt<'_>, manifest: &Manifest) -> Result<Asked, BoxError> {
+        if let Some(wait) = self.greet()? {
+            return Ok(Asked::Wait(wait));
         }
-        let Some(link) = &self.link else {
-            if is_late {
-                return Err(format!("{} takes no connections: its queue is full", self.place).into());
-            }
-            return Ok(Prepared::Wait(Wait { fds: Vec::new(), deadline: Some(now + QUEUE_POLL) }));
-        };
+        let epoch = attempt.control.epoch();
+        let now = Instant::now();
+        if !std::mem::replace(&mut self.has_asked, true) {
+            let frame = self.manifest_frame(manifest, epoch)?;
+            self.parts()?.0.show(&frame).map_err(PeerError::Io)?;
+            self.deadline = Some(now + self.timeout);
+        }
+        let (link, _) = self.parts()?;
         if !link.is_readable()? {
-            if is_late {
-                return Err(format!("{}: {}", self.place, PeerError::Silent(self.timeout)).into());
+            let deadline = self.deadline.unwrap_or(now);
+            if now >= deadline {
+                let reason = format!("the target gave no verdict within {:?} ({})", self.timeout, self.place);
+                return Ok(Asked::Refused(reason));
             }
             let fds = vec![Arc::new(link.as_fd().try_clone_to_owned()?)];
-            return Ok(Prepared::Wait(Wait { fds, deadline: Some(deadline) }));
+            return Ok(Asked::Wait(Wait { fds, deadline: Some(deadline) }));
         }
-        self.target = Some(self.answer(link)?);
-        Ok(Prepared::Ready)
+        let heard = link.hear().map_err(|error| format!("{}: {error}", self.place))?;
+        let Heard::Verdict(frame) = heard else { return Err(PeerError::OutOfTurn.into()) };
+        Ok(match read_verdict(&frame, epoch) {
+            Ok(verdict) => verdict.into_asked(),
+            Err(error) => Asked::Refused(format!("the target gave a verdict that cannot be used: {error}")),
+        })
+    }
+
+    fn prepare(&mut self, _: &Attempt<'_>) -> Result<Prepared, BoxError> {
+        Ok(self.greet()?.map_or(Prepared::Ready, Prepared::Wait))
     }
 
     fn introduce(&mut self, attempt: &Attempt<'_>, state: StateWriter) -> Result<Introduced, BoxError> {
@@ -247,7 +299,7 @@ impl CprMode for CprTransfer {
             sent.push(fd.try_clone_to_owned().map_err(|error| format!("descriptor {entry}: {error}"))?);
             Ok(Some(sent.len() as u64 - 1))
         })?;
-        early.put(REGISTRY_SECTION, 0, 1, table)?;
+        early.put(FdRegistry::SECTION, 0, 1, table)?;
         let early = sealed_memfd("cpr-early", &early.finish(attempt.control.epoch()))?;
         let process = PidFd::of_self()?;
         let (link, target) = self.parts()?;
@@ -306,6 +358,14 @@ impl CprMode for CprTransfer {
             end_target(&process, if has_state { ENDS_SOON } else { ENDS_WITHIN });
         }
     }
+}
+
+fn read_verdict(frame: &OwnedFd, epoch: Epoch) -> Result<Verdict, BoxError> {
+    let mut frame = Frame::read_memfd(frame)?;
+    if frame.epoch != epoch {
+        return Err("it is of another update".into());
+    }
+    Ok(Verdict::take_from(&mut frame)?)
 }
 
 /// Waits for the end of a target that has lost the guest: it must not touch anything once the guest runs again. It ends by

@@ -7,15 +7,16 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use cpr_core::error::BoxError;
-use cpr_core::frame::Frame;
+use cpr_core::frame::{Frame, FrameWriter, sealed_memfd};
 use cpr_core::ownership::Owner;
+use cpr_core::preflight::{Manifest, SectionCatalogue, Verdict};
 use cpr_core::{Arrival, Control, FdRegistry, LiveMain, MainSource, Wait};
 use oslib::eventfd::EventFd;
 use oslib::pidfd::PidFd;
 use oslib::{stream, uds};
 
+use crate::mode_info;
 use crate::protocol::{Heard, Introduction, Link, PeerError, process_of};
-use crate::{REGISTRY_SECTION, mode_info};
 
 /// Why nobody can be listened to.
 #[derive(Debug, thiserror::Error)]
@@ -52,6 +53,29 @@ pub struct Listener {
     path: Option<PathBuf>,
     peer: Option<Peer>,
     patience: Duration,
+    judge: Judge,
+}
+
+/// Says whether this program could take over what a manifest shows.
+struct Judge(Box<dyn FnMut(&Manifest) -> Verdict + Send>);
+
+impl std::fmt::Debug for Judge {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("Judge")
+    }
+}
+
+impl Default for Judge {
+    fn default() -> Self {
+        Judge(Box::new(|_| {
+            Verdict::Refused(vec!["this program cannot say whether it could take over".into()])
+        }))
+    }
+}
+
+/// What this mode's receiving end reads, for the catalogue of a host that answers a preflight.
+pub fn catalogue() -> SectionCatalogue {
+    SectionCatalogue::default().requires(FdRegistry::SECTION, 1..=1)
 }
 
 /// A connection that may become the source's.
@@ -96,13 +120,26 @@ impl Listener {
 
     fn on(socket: UnixListener) -> Result<Listener, ListenError> {
         socket.set_nonblocking(true)?;
-        Ok(Listener { socket: Arc::new(socket.into()), path: None, peer: None, patience: PEER_TIME })
+        Ok(Listener {
+            socket: Arc::new(socket.into()),
+            path: None,
+            peer: None,
+            patience: PEER_TIME,
+            judge: Judge::default(),
+        })
     }
 
     /// How long a peer may keep silent before the next one gets its turn, 5 s by default.
     #[must_use]
     pub fn patience(mut self, patience: Duration) -> Listener {
         self.patience = patience;
+        self
+    }
+
+    /// How this program answers a source that asks beforehand whether it could take over. Without it the answer is no.
+    #[must_use]
+    pub fn answering(mut self, judge: impl FnMut(&Manifest) -> Verdict + Send + 'static) -> Listener {
+        self.judge = Judge(Box::new(judge));
         self
     }
 
@@ -133,7 +170,7 @@ impl Listener {
 
     fn hear_peer(&mut self) -> Option<TransferArrival> {
         loop {
-            match self.peer.as_mut()?.news(self.patience) {
+            match self.peer.as_mut()?.news(self.patience, &mut self.judge) {
                 Ok(News::None) => return None,
                 Ok(News::Greeted) => {}
                 Ok(News::Introduced(arrival)) => {
@@ -196,7 +233,7 @@ impl Drop for Listener {
 }
 
 impl Peer {
-    fn news(&mut self, patience: Duration) -> Result<News, BoxError> {
+    fn news(&mut self, patience: Duration, judge: &mut Judge) -> Result<News, BoxError> {
         if !self.link.is_readable()? {
             if Instant::now() >= self.deadline {
                 return Err(PeerError::Silent(patience).into());
@@ -207,6 +244,15 @@ impl Peer {
             (false, Heard::Hello(_)) => {
                 self.link.hello(Some(&PidFd::of_self()?))?;
                 self.said_hello = true;
+                self.deadline = Instant::now() + patience;
+                Ok(News::Greeted)
+            }
+            (true, Heard::Manifest(frame)) => {
+                let mut frame = Frame::read_memfd(&frame)?;
+                let verdict = judge.0(&Manifest::take_from(&mut frame)?);
+                let mut answer = FrameWriter::default();
+                verdict.put_into(&mut answer)?;
+                self.link.judge(&sealed_memfd("cpr-verdict", &answer.finish(frame.epoch))?)?;
                 self.deadline = Instant::now() + patience;
                 Ok(News::Greeted)
             }
@@ -257,7 +303,7 @@ fn take_over(
     registry: Vec<OwnedFd>,
 ) -> Result<TransferArrival, BoxError> {
     let mut early = Frame::read_memfd(&own.early)?;
-    let table = early.require(REGISTRY_SECTION, 0)?;
+    let table = early.require(FdRegistry::SECTION, 0)?;
     let mut registry: Vec<Option<OwnedFd>> = registry.into_iter().map(Some).collect();
     let names = FdRegistry::decode(&table, |_, token| {
         let place = usize::try_from(token).ok().and_then(|at| registry.get_mut(at));

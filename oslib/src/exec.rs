@@ -6,11 +6,12 @@
 //! touches signals: see [`crate::cloexec`] and [`crate::signals`]. Execute from the main thread: the kernel gives the
 //! process id to whichever thread does it, and watchers of older kernels see that as an end of the process.
 
-use std::ffi::{CString, OsStr, OsString, c_char};
+use std::ffi::{CStr, CString, OsStr, OsString, c_char};
 use std::fmt;
 use std::io;
 use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
 use nix::errno::Errno;
@@ -126,6 +127,30 @@ fn check_program(path: &Path) -> Result<(), ProgramError> {
         Ok(()) => Ok(()),
         Err(Errno::EACCES) => Err(ProgramError::NotExecutable { program: program() }),
         Err(error) => Err(ProgramError::Io { program: program(), source: error.into() }),
+    }
+}
+
+/// What a file is at one moment: which one it is, and when it was changed. Another, or the same with other content, differs.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct FileIdentity {
+    file: [u64; 2],
+    bytes: u64,
+    /// Seconds and nanoseconds of the last change of its content, and of the inode.
+    changed: [(i64, i64); 2],
+}
+
+impl FileIdentity {
+    /// Looks at what `path` leads to.
+    ///
+    /// # Errors
+    /// Those of stat(2).
+    pub fn of(path: impl AsRef<Path>) -> io::Result<FileIdentity> {
+        let found = std::fs::metadata(path)?;
+        Ok(FileIdentity {
+            file: [found.dev(), found.ino()],
+            bytes: found.size(),
+            changed: [(found.mtime(), found.mtime_nsec()), (found.ctime(), found.ctime_nsec())],
+        })
     }
 }
 
@@ -248,6 +273,15 @@ impl PreparedExec {
         }
     }
 
+    /// Path, arguments and environment, the latter two ending in null pointers. `None`: the program is no path.
+    pub(crate) fn parts(&self) -> (Option<&CStr>, &[*const c_char], &[*const c_char]) {
+        let path = match &self.program {
+            Program::Path(path) => Some(path.as_c_str()),
+            Program::Descriptor(_) => None,
+        };
+        (path, &self.arguments, &self.environment)
+    }
+
     /// Replaces this program by the prepared one. Returns only if that failed; then nothing has changed.
     ///
     /// Allocates nothing and takes no lock.
@@ -344,6 +378,22 @@ mod tests {
     fn put(path: &Path, mode: u32) {
         fs::write(path, "#!/bin/sh\nexit 0\n").unwrap();
         fs::set_permissions(path, Permissions::from_mode(mode)).unwrap();
+    }
+
+    #[test]
+    fn a_file_that_was_changed_or_replaced_is_another() {
+        let folder = tempfile::tempdir().unwrap();
+        let [path, other] = ["program", "other"].map(|name| folder.path().join(name));
+        put(&path, 0o755);
+        let before = FileIdentity::of(&path).unwrap();
+        assert_eq!(FileIdentity::of(&path).unwrap(), before);
+        fs::set_permissions(&path, Permissions::from_mode(0o644)).unwrap();
+        let changed = FileIdentity::of(&path).unwrap();
+        assert_ne!(changed, before);
+        put(&other, 0o644);
+        fs::rename(&other, &path).unwrap();
+        assert_ne!(FileIdentity::of(&path).unwrap(), changed);
+        assert_eq!(FileIdentity::of(&other).unwrap_err().kind(), io::ErrorKind::NotFound);
     }
 
     #[test]

@@ -13,7 +13,7 @@
 //! | memory with a descriptor | [`memfd`], [`mod@shared`], [`mapping`], [`populate`](mod@populate) |
 //! | files that outlive the process | [`storage`] |
 //! | descriptors across processes | [`scm`], [`uds`] |
-//! | processes | [`pidfd`], [`process`], [`keeper`] |
+//! | processes | [`pidfd`], [`process`], [`mod@spawn`], [`keeper`], [`cgroup`] |
 //! | wake-ups, signals, time, terminals | [`eventfd`], [`signals`], [`clock`], [`term`], [`stream`] |
 //!
 //! Linux 5.14 or later on x86-64. Process and thread ids are `u32`, as in [`std::process::id`]; signals are plain
@@ -22,6 +22,7 @@
 #[cfg(not(all(target_os = "linux", target_arch = "x86_64")))]
 compile_error!("oslib makes Linux x86-64 system calls and runs nowhere else");
 
+pub mod cgroup;
 pub mod clock;
 pub mod cloexec;
 pub mod environment;
@@ -37,6 +38,7 @@ pub mod process;
 pub mod scm;
 pub mod shared;
 pub mod signals;
+pub mod spawn;
 pub mod storage;
 pub mod stream;
 pub mod term;

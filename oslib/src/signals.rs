@@ -75,7 +75,7 @@ impl SignalMask {
         1 <= signal && signal <= LAST_SIGNAL && self.0 & 1 << (signal - 1) != 0
     }
 
-    fn to_sigset(self) -> libc::sigset_t {
+    pub(crate) fn to_sigset(self) -> libc::sigset_t {
         let mut set = MaybeUninit::uninit();
         // SAFETY: sigemptyset initialises the set it is given.
         let mut set = unsafe {

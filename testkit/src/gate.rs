@@ -33,9 +33,12 @@ impl Gate {
         Ok(Gate { path })
     }
 
-    /// `command` behind the gate: a shell in its place waits, then executes it. No child process is made.
+    /// `command` behind the gate: a shell in its place waits, then executes it. No child process is made. In a preflight
+    /// the gate is open.
     pub fn command(&self, command: &[String]) -> Vec<String> {
-        let mut words = ["/bin/sh", "-c", "read word < \"$0\"; exec \"$@\""].map(String::from).to_vec();
+        let mut words = ["/bin/sh", "-c", "[ $CPR_VMM_PREFLIGHT ] || read word < \"$0\"; exec \"$@\""]
+            .map(String::from)
+            .to_vec();
         words.push(self.path.display().to_string());
         words.extend_from_slice(command);
         words

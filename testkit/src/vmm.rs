@@ -343,6 +343,14 @@ impl Vmm {
         self.qmp().execute("migrate-set-parameters", arguments).map(drop)
     }
 
+    /// Sets `cpr-preflight`. A test of what comes later than a preflight turns it off.
+    ///
+    /// # Errors
+    /// QMP refuses.
+    pub fn set_preflight(&mut self, policy: &str) -> anyhow::Result<()> {
+        self.qmp().execute("migrate-set-parameters", json!({ "cpr-preflight": policy })).map(drop)
+    }
+
     /// Updates by cpr-exec through a memfd, waits until the guest's new VMM has it, and gives its `query-migrate`.
     ///
     /// # Errors

@@ -4,6 +4,7 @@ use std::ffi::OsString;
 use std::path::PathBuf;
 use std::time::Duration;
 
+use cpr_core::preflight::Policy;
 use cpr_core::{BlockReason, Control, CprMode, ModeInfo, Report};
 use cpr_exec::{CprExec, MainChannel};
 use cpr_reboot::{CprReboot, Memory, Stored};
@@ -61,6 +62,7 @@ pub struct Settings {
     cpr_exec_timeout: u64,
     /// The same.
     cpr_defer_timeout: u64,
+    cpr_preflight: Policy,
     /// The `events` capability.
     pub events: bool,
     /// The `x-ignore-shared` capability.
@@ -75,6 +77,7 @@ impl Default for Settings {
             keeper: true,
             cpr_exec_timeout: 5000,
             cpr_defer_timeout: 0,
+            cpr_preflight: Policy::default(),
             events: false,
             ignore_shared: false,
         }
@@ -93,8 +96,9 @@ impl Settings {
     /// Sets what is given and leaves the rest.
     ///
     /// # Errors
-    /// A mode that is not there; nothing was set then.
+    /// A mode that is not there, or a policy; nothing was set then.
     pub fn set(&mut self, parameters: MigrationParameters) -> Result<(), QmpError> {
+        let preflight = parameters.cpr_preflight.as_deref().map(preflight_policy).transpose()?;
         if let Some(mode) = parameters.mode {
             let known = mode_names();
             if mode != NORMAL && !known.contains(&mode) {
@@ -117,6 +121,9 @@ impl Settings {
         if let Some(timeout) = parameters.cpr_defer_timeout {
             self.cpr_defer_timeout = timeout;
         }
+        if let Some(policy) = preflight {
+            self.cpr_preflight = policy;
+        }
         Ok(())
     }
 
@@ -127,8 +134,14 @@ impl Settings {
             "cpr-exec-command": self.cpr_exec_command,
             "cpr-exec-timeout": self.cpr_exec_timeout,
             "cpr-defer-timeout": self.cpr_defer_timeout,
+            "cpr-preflight": self.cpr_preflight.name(),
             "x-cpr-exec-keeper": self.keeper,
         })
+    }
+
+    /// What becomes of an update that the next program refuses beforehand.
+    pub fn preflight(&self) -> Policy {
+        self.cpr_preflight
     }
 
     /// Sets capabilities.
@@ -220,6 +233,15 @@ impl Settings {
     }
 }
 
+fn preflight_policy(name: &str) -> Result<Policy, QmpError> {
+    Policy::from_name(name).ok_or_else(|| {
+        QmpError::generic(format!(
+            "Parameter 'cpr-preflight' does not accept value '{name}' (known: {})",
+            Policy::ALL.map(Policy::name).join(", ")
+        ))
+    })
+}
+
 /// This program's command line, to take the guest over from `channel`.
 fn own_command(args: impl IntoIterator<Item = OsString>, channel: &Channel) -> Vec<OsString> {
     let mut command = Vec::new();
@@ -299,6 +321,8 @@ pub struct Progress {
     pub mode: Option<String>,
     /// How many the guest has been through.
     pub generation: u64,
+    /// Why the new program had refused beforehand, if the user went on all the same.
+    pub preflight_refusal: Option<String>,
 }
 
 impl Progress {
@@ -340,6 +364,9 @@ impl Progress {
             if let Some(ns) = ns {
                 cpr[key] = us(ns);
             }
+        }
+        if let Some(refusal) = &self.preflight_refusal {
+            cpr["preflight"] = format!("refused: {refusal}").into();
         }
         info.insert("cpr".into(), cpr);
     }

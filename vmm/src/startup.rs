@@ -1,5 +1,7 @@
 //! From the command line to a running program: a cold boot, or the target of an update.
 //!
+//! A program that is only asked whether it could take a guest over answers that, and ends.
+//!
 //! The order matters for both. What a previous program left is received before anything is opened; the machine is
 //! built before the state is read; and until the commit nothing is printed or read, so that another program can still
 //! take the guest back. Whatever goes wrong up to there, an error, a panic or a fault, is the previous program's turn: it
@@ -55,6 +57,10 @@ pub fn main(args: impl IntoIterator<Item = OsString>) -> ExitCode {
 }
 
 fn try_main(args: impl IntoIterator<Item = OsString>, started_ns: u64) -> anyhow::Result<ExitCode> {
+    if let Some(request) = cpr_exec::preflight_request()? {
+        app::answer_preflight(request, args)?;
+        return Ok(ExitCode::SUCCESS);
+    }
     let mut arrival = cpr_exec::receive()?;
     if let Some(arrival) = &arrival {
         arrival.arrival.control.timeline().stamp_at(Stamp::TargetStarted, started_ns);
@@ -107,7 +113,7 @@ fn start(config: Config, arrival: Option<ExecArrival>) -> anyhow::Result<App> {
             receive(&mut services, arrival).map(|(arriving, early)| (Some(arriving), Some(early)))?
         }
         (None, Some(cpr)) => {
-            listening = Some(listen(cpr)?);
+            listening = Some(listen(cpr, &config)?);
             (None, None)
         }
         (None, None) => {
@@ -246,18 +252,20 @@ pub(crate) fn write_pidfile(config: &Config) -> anyhow::Result<()> {
 }
 
 /// Waits for a source.
-fn listen(cpr: &SocketAddress) -> anyhow::Result<Listener> {
-    match cpr {
-        SocketAddress::Unix(path) => Ok(Listener::bind(std::path::absolute(path)?)?),
+fn listen(cpr: &SocketAddress, config: &Config) -> anyhow::Result<Listener> {
+    let listener = match cpr {
+        SocketAddress::Unix(path) => Listener::bind(std::path::absolute(path)?)?,
         SocketAddress::Fd(number) => {
             let number = number
                 .parse()
                 .with_context(|| format!("-incoming: addr.str: '{number}' is no descriptor number"))?;
             let socket = oslib::inherited::take(number)
                 .with_context(|| format!("-incoming: descriptor {number} was not passed on"))?;
-            Listener::from_fd(socket).with_context(|| format!("-incoming: descriptor {number}"))
+            Listener::from_fd(socket).with_context(|| format!("-incoming: descriptor {number}"))?
         }
-    }
+    };
+    let config = config.clone();
+    Ok(listener.answering(move |manifest| app::judge(&config, manifest, cpr_transfer::catalogue())))
 }
 
 fn build(
@@ -425,9 +433,10 @@ fn open_memory(
 }
 
 /// The page size of `hugetlb=on` without a size.
-const DEFAULT_HUGE_PAGE: u64 = 2 << 20;
+pub(crate) const DEFAULT_HUGE_PAGE: u64 = 2 << 20;
 
-fn front_end(chardev: &config::ChardevConfig, config: &Config) -> anyhow::Result<FrontEnd> {
+/// Who uses a character device.
+pub(crate) fn front_end(chardev: &config::ChardevConfig, config: &Config) -> anyhow::Result<FrontEnd> {
     let mut users = Vec::new();
     if config.serial.as_ref() == Some(&chardev.id) {
         users.push(User::Serial(Default::default()));

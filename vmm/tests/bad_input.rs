@@ -260,6 +260,7 @@ fn an_exec_that_fails_gives_the_guest_back() -> anyhow::Result<()> {
     let garbage = machine.file("garbage", "\x7fnothing that a kernel executes", 0o755)?;
     let script = machine.file("script", "#!/no/such/interpreter\n", 0o755)?;
     let state = format!("file:{}", machine.path("vm.state"));
+    machine.vmm.set_preflight("off")?;
     for (program, because) in [(&garbage, "Exec format error"), (&script, "No such file")] {
         for uri in ["memfd:", &state] {
             machine.vmm.set_exec(&words(&[program, "-S"]))?;
@@ -473,9 +474,11 @@ fn a_command_line_of_another_machine_is_named() -> anyhow::Result<()> {
     let replace = |command: Vec<String>, from: &str, to: &str| -> Vec<String> {
         command.into_iter().map(|word| if word == from { to.to_owned() } else { word }).collect()
     };
-    let cases: [(Edit<'_>, &[&str]); 6] = [
+    // What preflight says, and what the new program itself says if it was not asked.
+    let cases: [(Edit<'_>, &[&str], &[&str]); 6] = [
         (
             &|command| gone(command, &["-object", &ram0, "-machine", &machine_ram0]),
+            &["is memory backend 'ram0', the command line has 'microvm.ram'"],
             &["did not arrive with the update", "memory backend"],
         ),
         (
@@ -483,21 +486,45 @@ fn a_command_line_of_another_machine_is_named() -> anyhow::Result<()> {
                 let command = replace(command, &ram0, &memory("ram1", "64M"));
                 replace(command, &machine_ram0, "memory-backend=ram1")
             },
+            &["is memory backend 'ram0', the command line has 'ram1'"],
             &["guest RAM 'ram1' did not arrive"],
         ),
-        (&|command| replace(command, &ram0, &memory("ram0", "32M")), &["ram0", "33554432", "67108864"]),
-        (&|command| replace(command, &ram0, &memory("ram0", "128M")), &["ram0", "134217728", "67108864"]),
-        (&|command| replace(command, "1", "2"), &["the guest has 1 vCPUs, the command line says 2"]),
-        (&|command| replace(command, "memfd:", "file:elsewhere"), &["'elsewhere'", "No such file"]),
+        (
+            &|command| replace(command, &ram0, &memory("ram0", "32M")),
+            &["has 67108864 bytes of RAM, the command line says 33554432"],
+            &["ram0", "33554432", "67108864"],
+        ),
+        (
+            &|command| replace(command, &ram0, &memory("ram0", "128M")),
+            &["has 67108864 bytes of RAM, the command line says 134217728"],
+            &["ram0", "134217728", "67108864"],
+        ),
+        (
+            &|command| replace(command, "1", "2"),
+            &["the guest has 1 vCPUs, the command line says 2"],
+            &["the guest has 1 vCPUs, the command line says 2"],
+        ),
+        (
+            &|command| replace(command, "memfd:", "file:elsewhere"),
+            &["-incoming file:elsewhere: the state goes to memfd:; name that"],
+            &["'elsewhere'", "No such file"],
+        ),
     ];
-    for (edit, needles) in cases {
+    for (edit, early, late) in cases {
         let mut machine = Machine::start()?;
         let command = edit(machine.vmm.exec_command("memfd:"));
         machine.vmm.set_exec(&command)?;
-        let (events, error) = machine.fails("memfd:")?;
-        assert_eq!(events.last().map(String::as_str), Some("failed"), "{events:?}");
-        for needle in needles {
-            assert!(error.contains(needle), "{needle:?} is not in {error}");
+        for (policy, needles) in [("require", early), ("off", late)] {
+            machine.vmm.set_preflight(policy)?;
+            let (events, error) = machine.fails("memfd:")?;
+            let expected =
+                if policy == "off" { "could not" } else { "cpr-exec preflight: the new program refuses: " };
+            assert!(error.contains(expected), "{policy}: {error}");
+            assert!(policy == "off" || events == ["setup", "failed"], "{events:?}");
+            assert_eq!(events.last().map(String::as_str), Some("failed"), "{events:?}");
+            for needle in needles {
+                assert!(error.contains(needle), "{needle:?} is not in {error}");
+            }
         }
         machine.updates()?;
     }
@@ -517,7 +544,9 @@ fn ends_at_once(builder: VmmBuilder, args: &[&str]) -> anyhow::Result<String> {
 #[test]
 fn an_environment_that_is_not_understood_ends_the_program() -> anyhow::Result<()> {
     for (name, value, needles) in [
-        ("CPR_VMM_PREFLIGHT", "1", &["CPR_VMM_PREFLIGHT", "reserved", "unknown to this version"][..]),
+        ("CPR_VMM_LATER", "1", &["CPR_VMM_LATER", "reserved", "unknown to this version"][..]),
+        ("CPR_VMM_PREFLIGHT", "1", &["CPR_VMM_PREFLIGHT is '1'", "no descriptor number"]),
+        ("CPR_VMM_PREFLIGHT", "987,988", &["CPR_VMM_PREFLIGHT names descriptor 987", "was not passed on"]),
         ("CPR_VMM_", "", &["CPR_VMM_ is reserved"]),
         ("CPR_VMM_STATE", "three", &["CPR_VMM_STATE", "'three'", "no descriptor number"]),
         ("CPR_VMM_STATE", "-1", &["'-1'", "no descriptor number"]),

@@ -220,6 +220,7 @@ fn a_new_process_1_that_refuses_makes_room_for_the_old_one() -> anyhow::Result<(
     let inside = processes_inside(pid)?;
     let mut command = vmm.exec_command("memfd:");
     command.push("-no-such-option".into());
+    vmm.set_preflight("off")?;
     for _ in 0..2 {
         vmm.set_exec(&command)?;
         let error = vmm.migrate("memfd:").err().context("it succeeded")?.to_string();

@@ -151,6 +151,7 @@ fn updates_that_fail_leave_nothing_behind() -> anyhow::Result<()> {
         ),
         (vmm.exec_command("memfd:"), "file:/dev/full".to_owned(), "/dev/full"),
     ];
+    vmm.set_preflight("off")?;
     let fail = |vmm: &mut Vmm, times: usize| {
         for (command, uri, reason) in ways.iter().cycle().take(times) {
             vmm.set_exec(command)?;

@@ -279,6 +279,7 @@ fn a_start_that_fails_gives_the_terminal_back() -> anyhow::Result<()> {
             command = command.replace("memory-backend=ram0", "memory-backend=other");
         }
         session.ask(&format!("migrate_set_parameter cpr-exec-command {command}"))?;
+        session.ask("migrate_set_parameter cpr-preflight off")?;
         // It waits, and is told the end.
         session.console.type_line("migrate memfd:")?;
         session.console.expect(because)?;

@@ -221,24 +221,45 @@ fn a_target_of_another_shape_says_why() -> anyhow::Result<()> {
     need_kvm!();
     let _alone = alone();
     let (mut source, guest) = start(1)?;
-    for (other, reason) in [
-        (machine(1).memory(96 << 20), "has 67108864 bytes, the configuration says 100663296"),
-        (machine(2), "vCPU"),
+    let other_id = machine(1).memory_args(&[
+        "-object",
+        "memory-backend-memfd,id=other,size=64M",
+        "-machine",
+        "memory-backend=other",
+    ]);
+    for (other, early, late) in [
         (
-            machine(1).memory_args(&[
-                "-object",
-                "memory-backend-memfd,id=other,size=64M",
-                "-machine",
-                "memory-backend=other",
-            ]),
-            "guest RAM 'other' did not arrive",
+            machine(1).memory(96 << 20),
+            "the guest has 67108864 bytes of RAM, the command line says 100663296",
+            "has 67108864 bytes, the configuration says 100663296",
+        ),
+        (machine(2), "the guest has 1 vCPUs, the command line says 2", "vCPU"),
+        (
+            other_id,
+            "the guest's RAM is memory backend 'ram0', the command line has 'other'",
+            "did not arrive",
         ),
     ] {
         let mut other = other.target("unix:m").start()?;
+        // It says so before it is given anything, and goes on waiting.
+        source.set_preflight("require")?;
         source.begin_transfer(&other.cpr_socket())?;
-        fails_with(&mut source, &guest, reason)?;
-        ends_with(&mut other, reason)?;
+        fails_with(
+            &mut source,
+            &guest,
+            &format!("cpr-transfer preflight: the new program refuses: {early}"),
+        )?;
+        ensure!(other.status()? == "inmigrate" && other.cpr_socket().exists());
+        // A source that goes on all the same hears of it once more.
+        source.set_preflight("warn")?;
+        source.begin_transfer(&other.cpr_socket())?;
+        fails_with(&mut source, &guest, late)?;
+        let info = source.qmp().execute("query-migrate", json!({}))?;
+        let told = info["cpr"]["preflight"].as_str().unwrap_or_default();
+        ensure!(told.starts_with("refused: the new program refuses: ") && told.contains(early), "{info}");
+        ends_with(&mut other, late)?;
     }
+    source.set_preflight("require")?;
     let mut good = target(1)?;
     source.transfer(&mut good)?;
     goes_on(&mut good, &guest)

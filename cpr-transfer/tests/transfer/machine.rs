@@ -8,6 +8,7 @@ use std::time::{Duration, Instant};
 
 use cpr_core::error::BoxError;
 use cpr_core::frame::{Frame, FrameWriter};
+use cpr_core::preflight::Manifest;
 use cpr_core::{
     Backing, CprMode, FdKind, FdPolicy, GuestActivity, Host, MemoryRegion, Outcome, Services, Step,
     TerminalAction, Update,
@@ -22,6 +23,8 @@ pub(crate) struct Machine {
     ram: Option<Arc<File>>,
     others: Vec<Arc<OwnedFd>>,
     pub(crate) in_state: u64,
+    /// The target is shown what the machine is made of.
+    pub(crate) asks: bool,
 }
 
 impl Machine {
@@ -33,6 +36,7 @@ impl Machine {
             ram: None,
             others: Vec::new(),
             in_state: 0,
+            asks: false,
         }
     }
 
@@ -109,6 +113,10 @@ impl Host for Machine {
     fn memory(&self) -> Vec<MemoryRegion> {
         let backing = Backing::Shared { name: "ram".into(), id: 0 };
         vec![MemoryRegion { name: "ram".into(), len: RAM_LEN, backing }]
+    }
+
+    fn manifest(&self, _: &cpr_core::ModeInfo) -> Option<Manifest> {
+        self.asks.then(|| Manifest::default().section("others", 0, 1..=1).section("machine", 0, 1..=1))
     }
 
     fn activity(&self) -> GuestActivity {

@@ -97,6 +97,15 @@ pub(crate) fn act(role: &str) -> Result<(), BoxError> {
         return answer.contains("belongs to user 65534").then_some(()).ok_or_else(|| answer.into());
     }
     let mut listener = Listener::bind(&socket)?.patience(SHORT);
+    let catalogue = cpr_transfer::catalogue().claims("ram", 0).claims("other", 0).requires("others", 1..=1);
+    listener = match role {
+        "asked" => {
+            let catalogue = catalogue.requires("machine", 1..=3);
+            listener.answering(move |manifest| catalogue.judge(manifest, []))
+        }
+        "asked-other" => listener.answering(move |manifest| catalogue.judge(manifest, [])),
+        _ => listener,
+    };
     let TransferArrival { arrival, source } = listener.receive(PATIENCE)?;
     drop(listener);
     let mut services = Services::default();

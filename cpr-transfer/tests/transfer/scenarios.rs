@@ -7,7 +7,8 @@ use std::process::ExitCode;
 use std::time::Duration;
 
 use cpr_core::{GuestActivity, Outcome, TargetPhase, UpdateError};
-use cpr_transfer::{CprTransfer, Endpoint, ListenError, Listener};
+use cpr_transfer::{CprTransfer, Endpoint, ListenError, Listener, VERSION};
+use oslib::pidfd::PidFd;
 
 use crate::machine::Machine;
 use crate::peers::{NOBODY, PATIENCE, ROLE, Target, act, answering, garbage, refusal, say, stranger};
@@ -25,6 +26,9 @@ const SCENARIOS: &[(&str, fn())] = &[
     ("a_target_that_dies_with_the_state", || stays("die-loaded", "ended before it took over", Some(3))),
     ("a_target_that_hangs_is_killed", || stays("hang", "no progress", None)),
     ("a_cancelled_target_ends_by_itself", a_cancelled_target_ends_by_itself),
+    ("a_target_is_asked_first", a_target_is_asked_first),
+    ("a_target_that_refuses_beforehand_waits_on", a_target_that_refuses_beforehand_waits_on),
+    ("peers_that_give_no_verdict", peers_that_give_no_verdict),
     ("peers_that_are_no_targets", peers_that_are_no_targets),
     ("peers_that_are_no_sources", peers_that_are_no_sources),
     ("paths", paths),
@@ -141,6 +145,71 @@ fn a_cancelled_target_ends_by_itself() {
     machine.beat();
 }
 
+fn a_target_is_asked_first() {
+    let mut target = Target::start("asked");
+    let mut machine = Machine::create(1);
+    machine.asks = true;
+    assert!(is_handed_over(&machine.update(to(&target.socket)).unwrap()));
+    assert_eq!(target.exit_code(), Some(0));
+}
+
+fn a_target_that_refuses_beforehand_waits_on() {
+    for (role, reason) in [
+        (
+            "asked-other",
+            "preflight: the new program refuses: no component of this program claims state section 'machine'",
+        ),
+        ("good", "preflight: the new program refuses: this program cannot say whether it could take over"),
+    ] {
+        let mut target = Target::start(role);
+        let mut machine = Machine::create(1);
+        machine.asks = true;
+        fails(&mut machine, &target.socket, reason);
+        // It was given nothing, and takes the machine of a source that does not ask.
+        machine.asks = false;
+        assert!(is_handed_over(&machine.update(to(&target.socket)).unwrap()));
+        assert_eq!(target.exit_code(), Some(0));
+    }
+}
+
+fn peers_that_give_no_verdict() {
+    let mut machine = Machine::create(0);
+    machine.asks = true;
+    let with = |machine: &mut Machine, answer: fn(&UnixStream), reason: &str| {
+        let (path, _folder, thread) = answering(answer);
+        fails(machine, &path, reason);
+        thread.join().unwrap();
+    };
+    let hello: fn(&UnixStream) = |peer| say(peer, b"HELO", VERSION, &[PidFd::of_self().unwrap().as_fd()]);
+    with(&mut machine, hello, "preflight: the target gave no verdict within 1s");
+    with(
+        &mut machine,
+        |peer| {
+            say(peer, b"HELO", VERSION, &[PidFd::of_self().unwrap().as_fd()]);
+            let null = std::fs::File::open("/dev/null").unwrap();
+            say(peer, b"VERD", 0, &[null.as_fd()]);
+        },
+        "the peer speaks another protocol",
+    );
+    with(
+        &mut machine,
+        |peer| {
+            say(peer, b"HELO", VERSION, &[PidFd::of_self().unwrap().as_fd()]);
+            let empty = oslib::memfd::Memfd::new("empty").create().unwrap();
+            say(peer, b"VERD", 0, &[empty.as_fd()]);
+        },
+        "preflight: the target gave a verdict that cannot be used: the state frame is truncated",
+    );
+    with(
+        &mut machine,
+        |peer| {
+            say(peer, b"HELO", VERSION, &[PidFd::of_self().unwrap().as_fd()]);
+            say(peer, b"NOPE", 0, &[]);
+        },
+        "could not prepare",
+    );
+}
+
 fn peers_that_are_no_targets() {
     let mut machine = Machine::create(0);
     let with = |machine: &mut Machine, answer: fn(&UnixStream), reason: &str| {
@@ -150,9 +219,17 @@ fn peers_that_are_no_targets() {
     };
     with(&mut machine, |_| {}, "said nothing for 1s");
     with(&mut machine, garbage, "the peer speaks another protocol");
-    with(&mut machine, |peer| say(peer, b"HELO", 2, &[]), "speaks version 2 of the protocol");
-    with(&mut machine, |peer| say(peer, b"HELO", 1, &[]), "0 descriptors in place of 1");
-    with(&mut machine, |peer| say(peer, b"HELO", 1, &[peer.as_fd()]), "the peer speaks another protocol");
+    with(
+        &mut machine,
+        |peer| say(peer, b"HELO", VERSION - 1, &[]),
+        "speaks version 1 of the protocol, this program version 2",
+    );
+    with(&mut machine, |peer| say(peer, b"HELO", VERSION, &[]), "0 descriptors in place of 1");
+    with(
+        &mut machine,
+        |peer| say(peer, b"HELO", VERSION, &[peer.as_fd()]),
+        "the peer speaks another protocol",
+    );
     with(&mut machine, |peer| say(peer, b"WHAT", 1, &[]), "the peer speaks another protocol");
     with(&mut machine, |peer| peer.shutdown(std::net::Shutdown::Both).unwrap(), "closed the connection");
     // Half a message, and no more.
@@ -171,8 +248,8 @@ fn peers_that_are_no_sources() {
     garbage(&stream);
     told(stream, "another protocol");
     let stream = connect();
-    say(&stream, b"HELO", 2, &[]);
-    told(stream, "speaks version 2 of the protocol, this program version 1");
+    say(&stream, b"HELO", VERSION - 1, &[]);
+    told(stream, "speaks version 1 of the protocol, this program version 2");
     told(connect(), "said nothing for 2s");
     let stream = connect();
     say(&stream, b"INTR", 0, &[]);
@@ -183,17 +260,17 @@ fn peers_that_are_no_sources() {
         [(3, 7, "7 descriptors in place of 8"), (1, 7, "7 descriptors in place of 6"), (0, 5, "")]
     {
         let stream = connect();
-        say(&stream, b"HELO", 1, &[]);
+        say(&stream, b"HELO", VERSION, &[]);
         say(&stream, b"INTR", announced, &vec![null.as_fd(); sent]);
         told(stream, reason);
     }
     // Gone after the greeting.
     let stream = connect();
-    say(&stream, b"HELO", 1, &[]);
+    say(&stream, b"HELO", VERSION, &[]);
     drop(stream);
     // While one is served there is no other.
     let first = connect();
-    say(&first, b"HELO", 1, &[]);
+    say(&first, b"HELO", VERSION, &[]);
     told(connect(), "another source is connected already");
     drop(first);
     // None of this keeps the right one out.

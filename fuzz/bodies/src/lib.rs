@@ -12,6 +12,7 @@ mod early;
 mod frame;
 mod main_frame;
 mod monitors;
+mod preflight;
 mod state_file;
 
 pub use command_line::command_line;
@@ -19,6 +20,7 @@ pub use early::{monitors, process, registry, update};
 pub use frame::{state_frame, state_frame_written};
 pub use main_frame::{machine, outside, platform, serial, time, vcpu, vm};
 pub use monitors::{hmp, qmp};
+pub use preflight::{manifest, verdict};
 pub use state_file::state_file;
 
 use std::fmt::Debug;
@@ -53,6 +55,7 @@ pub const TARGETS: &[Target] = &[
     },
     Target { name: "hmp", run: hmp, seeds: monitors::hmp_seeds, max_len: 1024, words: monitors::HMP_WORDS },
     Target { name: "machine", run: machine, seeds: main_frame::machine_seeds, max_len: 256, words: &[] },
+    Target { name: "manifest", run: manifest, seeds: preflight::manifest_seeds, max_len: 1024, words: &[] },
     Target { name: "monitors", run: monitors, seeds: early::monitors_seeds, max_len: 4096, words: &[] },
     Target { name: "outside", run: outside, seeds: main_frame::outside_seeds, max_len: 256, words: &[] },
     Target { name: "platform", run: platform, seeds: main_frame::platform_seeds, max_len: 16, words: &[] },
@@ -84,6 +87,7 @@ pub const TARGETS: &[Target] = &[
     Target { name: "time", run: time, seeds: main_frame::time_seeds, max_len: 256, words: &[] },
     Target { name: "update", run: update, seeds: early::update_seeds, max_len: 128, words: &[] },
     Target { name: "vcpu", run: vcpu, seeds: main_frame::vcpu_seeds, max_len: 16 << 10, words: &[] },
+    Target { name: "verdict", run: verdict, seeds: preflight::verdict_seeds, max_len: 256, words: &[] },
     Target { name: "vm", run: vm, seeds: main_frame::vm_seeds, max_len: 4096, words: &[] },
 ];
 

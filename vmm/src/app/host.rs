@@ -5,9 +5,10 @@ use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::time::Instant;
 
-use anyhow::{Context, anyhow, bail};
+use anyhow::{Context, anyhow};
 use cpr_core::error::BoxError;
 use cpr_core::frame::{Frame, FrameWriter, Section};
+use cpr_core::preflight::Manifest;
 use cpr_core::{
     Backing, FdKind, FdPolicy, FdRegistry, GuestActivity, Host, IncomingError, MemoryRegion, ModeInfo,
     Properties, TerminalAction,
@@ -18,10 +19,11 @@ use vmm_core::time::{Now, TimeState};
 
 use super::commands::named_fd;
 use super::lifecycle::Reset;
+use super::preflight::MachineShape;
 use super::{App, Exit, FrontEnd, RunState, User};
 use crate::arriving::{Arriving, Predecessor, check_transfer_channel};
 use crate::chardev::ChardevState;
-use crate::cli::config::{Config, Incoming, MachineType};
+use crate::cli::config::{Config, Incoming};
 use crate::errors;
 use crate::migration::{Settings, Status};
 use crate::monitor::mux::Mux;
@@ -29,19 +31,19 @@ use crate::monitor::{Channel, MAX_RECEIVED_FDS, QmpError, Reply, hmp, qmp};
 use crate::startup::Hardware;
 
 /// Early section: chardevs, monitors, migration settings.
-const MONITORS: &str = "cpr-vmm/monitors";
+pub(super) const MONITORS: &str = "cpr-vmm/monitors";
 /// Main section: what the machine is made of.
-const MACHINE: &str = "cpr-vmm/machine";
-const VM: &str = "kvm/vm";
-const VCPU: &str = "kvm/vcpu";
-const SERIAL: &str = "serial";
-const PLATFORM: &str = "platform";
+pub(super) const MACHINE: &str = "cpr-vmm/machine";
+pub(super) const VM: &str = "kvm/vm";
+pub(super) const VCPU: &str = "kvm/vcpu";
+pub(super) const SERIAL: &str = "serial";
+pub(super) const PLATFORM: &str = "platform";
 /// Main section: what the guest did that the outside does not know yet.
-const OUTSIDE: &str = "cpr-vmm/outside";
+pub(super) const OUTSIDE: &str = "cpr-vmm/outside";
 /// Main section, if another kernel may run the guest: what its clocks are measured by.
-const TIME: &str = "kvm/time";
+pub(super) const TIME: &str = "kvm/time";
 /// Main section, if the guest moves to another process: input for COM1 that its FIFO had no room for.
-const SERIAL_INPUT: &str = "cpr-vmm/serial-input";
+pub(super) const SERIAL_INPUT: &str = "cpr-vmm/serial-input";
 
 /// Version 1 of [`OUTSIDE`].
 #[derive(Debug, Default, Serialize, Deserialize)]
@@ -141,33 +143,13 @@ impl GuestEnd {
 
 impl MachineSection {
     fn of(config: &Config, run_state: RunState, ended: Option<GuestEnd>) -> MachineSection {
-        let machine_type = match config.machine.machine_type {
-            MachineType::Microvm => "microvm",
-        };
-        MachineSection {
-            machine_type: machine_type.into(),
-            ram_bytes: config.memory.size_bytes,
-            vcpus: config.cpus.into(),
-            run_state: run_state.name().into(),
-            ended,
-        }
+        let MachineShape { machine_type, ram_bytes, vcpus } = MachineShape::of(config);
+        MachineSection { machine_type, ram_bytes, vcpus, run_state: run_state.name().into(), ended }
     }
 
-    fn check(&self, other: &MachineSection) -> anyhow::Result<()> {
-        if self.machine_type != other.machine_type {
-            bail!(
-                "the guest's machine type is '{}', this program has '{}'",
-                other.machine_type,
-                self.machine_type
-            );
-        }
-        if self.ram_bytes != other.ram_bytes {
-            bail!("the guest has {} bytes of RAM, the command line says {}", other.ram_bytes, self.ram_bytes);
-        }
-        if self.vcpus != other.vcpus {
-            bail!("the guest has {} vCPUs, the command line says {}", other.vcpus, self.vcpus);
-        }
-        Ok(())
+    fn shape(&self) -> MachineShape {
+        let machine_type = self.machine_type.clone();
+        MachineShape { machine_type, ram_bytes: self.ram_bytes, vcpus: self.vcpus }
     }
 }
 
@@ -211,7 +193,7 @@ pub fn read_machine(main: &mut Frame, config: &Config) -> anyhow::Result<Arrived
         "prelaunch" => RunState::Prelaunch,
         _ => RunState::Paused,
     };
-    MachineSection::of(config, run_state, None).check(&machine)?;
+    machine.shape().check(&MachineShape::of(config))?;
     let mut vcpus = Vec::new();
     for instance in 0..machine.vcpus {
         vcpus.push(main.require(VCPU, instance)?.decode(1)?);
@@ -439,6 +421,7 @@ impl App {
             return Err(error.into());
         }
         self.progress.mode = Some(arriving.incoming.mode().id.to_string());
+        self.progress.preflight_refusal = arriving.incoming.preflight_refusal().map(str::to_owned);
         let failure = arriving.failure().map(str::to_owned);
         let Arriving { from, mut incoming } = arriving;
         // First of all: whoever waits for this competes with the guest for a CPU until it knows.
@@ -516,6 +499,10 @@ impl Host for App {
             (Some(_), _) => Backing::Private,
         };
         vec![MemoryRegion { name: config.id.clone(), len: config.size, backing }]
+    }
+
+    fn manifest(&self, _: &ModeInfo) -> Option<Manifest> {
+        Some(self.show_machine())
     }
 
     fn activity(&self) -> GuestActivity {

@@ -7,6 +7,7 @@
 //! - `commands`: what monitor commands do.
 //! - `departure`: what the program is while it runs the guest in the keeper.
 //! - `host`: what an update does to the program ([`cpr_core::Host`]), and the sections it saves.
+//! - `preflight`: what the next program is shown of the machine, and what this one says to another's.
 //! - `lifecycle`: run states, reset, power-off, the end.
 //! - `storage`: a guest that comes out of storage, or goes there.
 
@@ -17,6 +18,7 @@ mod front_ends;
 mod host;
 mod lifecycle;
 mod observer;
+mod preflight;
 mod storage;
 
 use std::collections::BTreeMap;
@@ -45,6 +47,7 @@ pub use host::{Arrived, EarlyState, FrontEndState, find_named_fds, read_machine,
 use lifecycle::Reset;
 pub use lifecycle::{Exit, RunState};
 pub use observer::BlackoutObserver;
+pub use preflight::{answer as answer_preflight, judge, judge_shown, manifest_of};
 pub(crate) use storage::open_state;
 
 /// How long an orderly end waits for peers to take the last output.
@@ -317,6 +320,9 @@ impl App {
         self.update_wait = None;
         let mut step = update.step(self);
         loop {
+            if let Some(refusal) = update.preflight_refusal() {
+                self.progress.preflight_refusal.get_or_insert_with(|| refusal.to_owned());
+            }
             step = match step {
                 Step::Again => update.step(self),
                 Step::Terminal => match self.terminal.take() {
@@ -402,11 +408,12 @@ impl App {
         let (mode, stored) = self.parts.settings.attempt(request)?;
         let properties = mode.properties();
         let (mode_name, course) = (mode.id().to_string(), mode.course());
-        let update = Update::begin(&self.parts.services, mode, self)
+        let mut update = Update::begin(&self.parts.services, mode, self)
             .map_err(|error| QmpError::generic(errors::text(&error)))?;
         self.moves_out = !properties.contains(Properties::SAME_PID);
         self.outlives_kernel = !properties.contains(Properties::SAME_KERNEL);
         self.stored = stored;
+        update.set_preflight(self.parts.settings.preflight());
         self.parts.observer.arm(update.control().clone(), course);
         self.progress = Progress {
             status: Status::Setup,
@@ -414,6 +421,7 @@ impl App {
             control: Some(update.control().clone()),
             mode: Some(mode_name),
             generation: self.parts.services.generation,
+            preflight_refusal: None,
         };
         self.emit_migration_event();
         self.update = Some(update);
@@ -422,6 +430,8 @@ impl App {
 
     fn cancel_update(&mut self) {
         if let Some(mut update) = self.update.take() {
+            // Descriptors that stay readable from now on would keep the loop awake.
+            self.update_wait = None;
             let outcome = update.cancel(self);
             self.update_ended(outcome);
         }

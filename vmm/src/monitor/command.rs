@@ -82,13 +82,21 @@ pub struct MigrationParameters {
     pub cpr_exec_timeout: Option<u64>,
     /// Milliseconds that it may wait for a `migrate-incoming`; 0 for no limit.
     pub cpr_defer_timeout: Option<u64>,
+    /// Whether the next VMM is asked beforehand, and what its refusal means: the name of a [policy](cpr_core::preflight::Policy).
+    pub cpr_preflight: Option<String>,
     /// Whether the old VMM runs the guest, in a keeper, until the next one has it. For comparison only, hence the `x-`.
     pub x_cpr_exec_keeper: Option<bool>,
 }
 
 /// Names of the migration parameters, as QMP and HMP know them.
-pub const PARAMETERS: &[&str] =
-    &["mode", "cpr-exec-command", "cpr-exec-timeout", "cpr-defer-timeout", "x-cpr-exec-keeper"];
+pub const PARAMETERS: &[&str] = &[
+    "mode",
+    "cpr-exec-command",
+    "cpr-exec-timeout",
+    "cpr-defer-timeout",
+    "cpr-preflight",
+    "x-cpr-exec-keeper",
+];
 
 /// A migration capability.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -250,6 +258,7 @@ fn migrate_set_parameters(args: &mut Args) -> Result<Request, QmpError> {
         cpr_exec_command: args.optional("cpr-exec-command")?,
         cpr_exec_timeout: args.optional("cpr-exec-timeout")?,
         cpr_defer_timeout: args.optional("cpr-defer-timeout")?,
+        cpr_preflight: args.optional("cpr-preflight")?,
         x_cpr_exec_keeper: args.optional("x-cpr-exec-keeper")?,
     })))
 }
@@ -336,7 +345,7 @@ mod tests {
         assert_eq!(
             text,
             "Parameter 'downtime-limit' is unexpected (known: mode, cpr-exec-command, cpr-exec-timeout, \
-             cpr-defer-timeout, x-cpr-exec-keeper)"
+             cpr-defer-timeout, cpr-preflight, x-cpr-exec-keeper)"
         );
         assert!(
             error("migrate-set-parameters", json!({"cpr-exec-command": "a"})).contains("array of strings")

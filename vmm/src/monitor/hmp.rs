@@ -6,7 +6,7 @@
 //!
 //! `info migrate` prints these keys of `query-migrate`, where present: `status`, `error-desc`, `total-time`,
 //! `setup-time` and `downtime` (milliseconds), `blocked-reasons` (list of strings), and `cpr`, an object of `mode`,
-//! `generation`, `blackout-us` and `phases` (list of `{"name", "us"}`).
+//! `generation`, `preflight`, `blackout-us` and `phases` (list of `{"name", "us"}`).
 
 use std::collections::VecDeque;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};

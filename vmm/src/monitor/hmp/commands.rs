@@ -408,6 +408,7 @@ fn migrate_set_parameter(context: &mut Context<'_, '_>, args: &Arguments) -> Res
         }
         "cpr-exec-timeout" => parameters.cpr_exec_timeout = Some(milliseconds("cpr-exec-timeout", value)?),
         "cpr-defer-timeout" => parameters.cpr_defer_timeout = Some(milliseconds("cpr-defer-timeout", value)?),
+        "cpr-preflight" => parameters.cpr_preflight = Some(value.to_owned()),
         "x-cpr-exec-keeper" => parameters.x_cpr_exec_keeper = Some(on_or_off(value)?),
         name => {
             return Err(QmpError::generic(format!(

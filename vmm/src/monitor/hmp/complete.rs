@@ -2,6 +2,7 @@
 //!
 //! The grammar is the table of commands; only the names of modes come from the backend.
 
+use cpr_core::preflight::Policy;
 use unicode_width::UnicodeWidthStr;
 
 use super::commands::{self, Arg, COMMANDS, TOPICS, VERSION_TOPIC, Words};
@@ -51,6 +52,7 @@ fn all(words: Words, first: &str, backend: &dyn Backend) -> Vec<String> {
         }
         Words::Parameter => owned(PARAMETERS),
         Words::ParameterValue if first == "mode" => backend.migration_modes(),
+        Words::ParameterValue if first == "cpr-preflight" => owned(&Policy::ALL.map(Policy::name)),
         Words::ParameterValue if first == "x-cpr-exec-keeper" => owned(&["on", "off"]),
         Words::ParameterValue => Vec::new(),
         Words::Capability => Capability::ALL.iter().map(|capability| capability.name().to_owned()).collect(),

@@ -151,6 +151,9 @@ pub(super) fn migrate(value: &Value) -> String {
             let _ = write!(out, ", generation={generation}");
         }
         out.push('\n');
+        if let Some(preflight) = cpr["preflight"].as_str() {
+            let _ = writeln!(out, "Preflight: \t\t{preflight}");
+        }
         if let Some(departure) = cpr["departure-us"].as_u64() {
             let _ = writeln!(out, "Departure (us): \t{departure}");
         }

@@ -185,7 +185,7 @@ fn mistakes_are_named() {
         (
             "migrate_set_parameter speed 3",
             "unknown migration parameter 'speed' (known: mode, cpr-exec-command, cpr-exec-timeout, \
-             cpr-defer-timeout, x-cpr-exec-keeper)",
+             cpr-defer-timeout, cpr-preflight, x-cpr-exec-keeper)",
         ),
         ("migrate_set_parameter cpr-exec-command a 'b", "Error: cpr-exec-command: a quotation mark"),
         ("migrate_set_capability warp on", "'warp' (known: events, x-ignore-shared)"),

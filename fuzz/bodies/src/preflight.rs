@@ -1,0 +1,63 @@
+//! The manifest that a program is shown beforehand, and the verdict that it gives.
+
+use std::sync::OnceLock;
+
+use cpr_core::frame::to_body;
+use cpr_core::preflight::{Asked, Manifest, SectionRange, Verdict};
+use vmm::app::{judge_shown, manifest_of};
+use vmm::cli::config::Config;
+use vmm::cli::{self, Invocation};
+
+use crate::decoded;
+
+/// The command line of the program that judges.
+fn config() -> &'static Config {
+    static CONFIG: OnceLock<Config> = OnceLock::new();
+    CONFIG.get_or_init(|| {
+        let args = "-object memory-backend-memfd,id=ram0,size=64M -machine memory-backend=ram0 -smp 2";
+        match cli::parse(args.split(' ').map(Into::into)) {
+            Ok(Invocation::Run(config)) => *config,
+            other => panic!("{other:?}"),
+        }
+    })
+}
+
+/// The section `cpr-core/manifest`. Whatever it shows, there is a verdict on it.
+pub fn manifest(data: &[u8]) -> bool {
+    let Some(manifest) = decoded::<Manifest>(cpr_core::preflight::MANIFEST_SECTION, data) else {
+        return false;
+    };
+    let verdict = judge_shown(config(), &manifest, cpr_exec::catalogue(), [Ok(()), Ok(())]);
+    matches!(verdict, Verdict::Accepted(_))
+}
+
+pub(crate) fn manifest_seeds() -> Vec<Vec<u8>> {
+    let shown = manifest_of(config(), false)
+        .section("cpr-core/update", 0, 1..=1)
+        .section("cpr-core/activity", 0, 1..=1)
+        .section("cpr-core/registry", 0, 1..=1)
+        .section("cpr-exec/process", 0, 1..=1);
+    vec![to_body(&shown), to_body(&shown.feature("cpr-exec/live-source"))]
+}
+
+/// The section `cpr-core/verdict`.
+pub fn verdict(data: &[u8]) -> bool {
+    let Some(verdict) = decoded::<Verdict>(cpr_core::preflight::VERDICT_SECTION, data) else { return false };
+    match verdict.into_asked() {
+        Asked::Accepted(reads) => {
+            for (name, versions) in reads.iter() {
+                assert_eq!(reads.get(name), Some(versions));
+            }
+        }
+        Asked::Refused(text) => assert!(text.len() <= 2048),
+        Asked::Nobody | Asked::Wait(_) => panic!("a verdict is one"),
+    }
+    true
+}
+
+pub(crate) fn verdict_seeds() -> Vec<Vec<u8>> {
+    let range = |name: &str, most| SectionRange { name: name.into(), least: 1, most };
+    let accepted = Verdict::Accepted(vec![range("serial", 1), range("kvm/vcpu", 2)]);
+    let refused = Verdict::Refused(vec!["no room".into(), "another machine".into()]);
+    vec![to_body(&accepted), to_body(&refused)]
+}
