@@ -177,7 +177,8 @@ fn model(tally: &mut Tally) -> Result<()> {
 fn faults(tally: &mut Tally) -> Result<()> {
     title("targets that fail (fault-injection)");
     let mut command = cargo();
-    command.args(["test", "-p", "vmm", "--features", "fault-injection", "--test", "fallback"]);
+    command.args(["test", "-p", "vmm", "--features", "fault-injection"]);
+    command.args(["--test", "fallback", "--test", "passive"]);
     // Or the other tests would find a program with faults in their folder.
     command.arg("--target-dir").arg(target_folder()?.join("faults"));
     libtest("targets that fail", &mut command, tally)
