@@ -81,6 +81,9 @@ impl Scene {
         let mut serial = UnixStream::connect(folder.path().join("serial"))?;
         serial.set_read_timeout(Some(PATIENCE))?;
 
+        // A target that was asked beforehand would not get as far as it can here.
+        vmm.qmp().execute("migrate-set-parameters", json!({ "cpr-preflight": "off" }))?;
+
         // An eventfd and a file that a user gave to the program.
         let event = EventFd::new()?;
         event.signal()?;
