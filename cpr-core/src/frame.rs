@@ -7,12 +7,14 @@
 use std::collections::BTreeMap;
 use std::fs::File;
 use std::io::{self, Read, Seek, SeekFrom, Write};
+use std::ops::RangeInclusive;
 use std::os::fd::{AsFd, OwnedFd};
 
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 
 use crate::ownership::Epoch;
+use crate::preflight::Reads;
 
 /// First bytes of every frame.
 pub const MAGIC: [u8; 8] = *b"CPRSTATE";
@@ -90,14 +92,38 @@ pub enum FrameError {
         instance: u32,
     },
     /// A section version that this program does not read.
-    #[error("state section '{name}' has version {found}; this program reads version {current}")]
+    #[error("state section '{name}' has version {found}; this program reads {}", versions(reads))]
     SectionVersion {
         /// The name.
         name: String,
         /// The version found.
         found: u32,
-        /// The version that is read.
-        current: u32,
+        /// The versions that are read.
+        reads: RangeInclusive<u32>,
+    },
+    /// A section that the target reads in no version that this program can write.
+    #[error(
+        "state section '{name}' cannot be written for this target: it reads {}, this program writes {}",
+        versions(reads),
+        versions(writes)
+    )]
+    NoCommonVersion {
+        /// The name.
+        name: String,
+        /// The versions that can be written.
+        writes: RangeInclusive<u32>,
+        /// The versions that the target reads.
+        reads: RangeInclusive<u32>,
+    },
+    /// A value that the previous version of a section has no form for.
+    #[error("state section '{name}' cannot be written in version {version}: {reason}")]
+    NotInPrevious {
+        /// The name.
+        name: String,
+        /// The version that the target reads.
+        version: u32,
+        /// What the conversion says.
+        reason: String,
     },
     /// A section body that does not decode.
     #[error("state section '{name}' instance {instance} is malformed: {reason}")]
@@ -114,6 +140,16 @@ pub enum FrameError {
     Io(#[from] io::Error),
 }
 
+/// Versions, as an error says them.
+fn versions(range: &RangeInclusive<u32>) -> String {
+    let (least, most) = (range.start(), range.end());
+    match most.checked_sub(*least) {
+        Some(0) => format!("version {most}"),
+        Some(1) => format!("versions {least} and {most}"),
+        _ => format!("versions {least} to {most}"),
+    }
+}
+
 /// Encodes a wire type with postcard, our helper for section bodies. Bodies may be anything.
 pub fn to_body<T: Serialize>(value: &T) -> Vec<u8> {
     postcard::to_allocvec(value).expect("wire types are plain data: encoding to memory cannot fail")
@@ -123,9 +159,16 @@ pub fn to_body<T: Serialize>(value: &T) -> Vec<u8> {
 #[derive(Debug, Default)]
 pub struct FrameWriter {
     sections: BTreeMap<(String, u32), (u32, Vec<u8>)>,
+    /// What the reader takes, if that is known.
+    pub(crate) reads: Option<Reads>,
 }
 
 impl FrameWriter {
+    /// Writes for a target of which is known what it reads. Without that every section has its current version.
+    pub fn for_reader(reads: Reads) -> FrameWriter {
+        FrameWriter { sections: BTreeMap::new(), reads: Some(reads) }
+    }
+
     /// Adds a section. `instance` tells several components of one kind apart.
     ///
     /// # Errors
@@ -268,11 +311,7 @@ impl Section {
     /// [`FrameError::SectionVersion`], or [`FrameError::SectionBody`] for a body that is short, long or wrong.
     pub fn decode<T: DeserializeOwned>(&self, version: u32) -> Result<T, FrameError> {
         if self.version != version {
-            return Err(FrameError::SectionVersion {
-                name: self.name.clone(),
-                found: self.version,
-                current: version,
-            });
+            return Err(self.unread(version..=version));
         }
         match postcard::take_from_bytes(&self.body) {
             Ok((value, [])) => Ok(value),

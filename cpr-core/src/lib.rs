@@ -4,7 +4,8 @@
 //! - [`CprMode`] is such a way; [`Host`] is the program that is replaced; [`Update`] brings them together as a state
 //!   machine that the host's own loop steps, and [`Incoming`] is its other half, in the target.
 //! - [`FdRegistry`] names the descriptors that must survive, [`Notifier`] tells components of each phase,
-//!   [`Blockers`] says why not now, and [`frame`] carries their state.
+//!   [`Blockers`] says why not now, and [`frame`] carries their state,
+//!   in the versions that [`section`] says.
 //! - [`control`] is the page that source and target share: the [`ownership`] word that makes sure the guest has one
 //!   runner, the [`rendezvous`] of a target that is built while the guest runs, and the [`timeline`] that measures the
 //!   true blackout.
@@ -57,6 +58,8 @@ pub mod preflight;
 pub mod registry;
 #[cfg(not(loom))]
 pub mod rendezvous;
+#[cfg(not(loom))]
+pub mod section;
 #[cfg(not(loom))]
 pub mod timeline;
 #[cfg(not(loom))]

@@ -451,8 +451,13 @@ impl Update {
         Ok(())
     }
 
+    /// A frame that the target reads.
+    fn writer(&self) -> FrameWriter {
+        self.reads.clone().map_or_else(FrameWriter::default, FrameWriter::for_reader)
+    }
+
     fn early_frame(&self, host: &mut dyn Host) -> Result<FrameWriter, UpdateError> {
-        let mut early = FrameWriter::default();
+        let mut early = self.writer();
         host.save_early(&self.info, &mut early).map_err(UpdateError::Save)?;
         let section = UpdateSection { mode: self.info.id.to_string(), generation: self.services.generation };
         early.put_value(UPDATE_SECTION, 0, 1, &section).map_err(save_error)?;
@@ -463,7 +468,7 @@ impl Update {
     }
 
     fn main_frame(&self, host: &mut dyn Host) -> Result<FrameWriter, UpdateError> {
-        let mut main = FrameWriter::default();
+        let mut main = self.writer();
         host.save(&mut main).map_err(UpdateError::Save)?;
         let section = ActivitySection { guest_running: self.activity == Some(GuestActivity::Running) };
         main.put_value(ACTIVITY_SECTION, 0, 1, &section).map_err(save_error)?;

@@ -14,7 +14,7 @@ use std::time::{Duration, Instant};
 use cpr_core::error::BoxError;
 use cpr_core::frame::{Frame, FrameWriter};
 use cpr_core::ownership::Owner;
-use cpr_core::preflight::{Asked, Manifest, Policy, SectionCatalogue, Verdict};
+use cpr_core::preflight::{Asked, Manifest, Policy, SectionCatalogue, SectionRange, Verdict};
 use cpr_core::{
     Arrival, Attempt, Backing, Control, Course, CprMode, Event, FdKind, FdPolicy, FdRegistry, GuestActivity,
     HandOver, Host, Incoming, IncomingError, Introduced, MainSource, MemoryRegion, ModeId, ModeInfo, ModeSet,
@@ -288,7 +288,8 @@ impl Host for FakeHost {
 
     fn save(&mut self, main: &mut FrameWriter) -> Result<(), BoxError> {
         self.visit("save")?;
-        main.put("clock", 0, 1, b"{}".to_vec())?;
+        let version = main.version_for("clock", 1..=2)?;
+        main.put("clock", 0, version, b"{}".to_vec())?;
         Ok(())
     }
 
@@ -436,6 +437,43 @@ fn phases_come_in_the_order_of_the_contract() {
 /// The sections of both frames.
 fn sections((early, main): &(Vec<u8>, Vec<u8>)) -> [String; 2] {
     [early, main].map(|frame| Frame::parse(frame).unwrap().remaining().join(" "))
+}
+
+#[test]
+fn sections_are_written_for_the_target_or_the_update_is_rolled_back() {
+    for course in [Course::Halted, Course::Departing, Course::Alongside] {
+        for (reads, expected) in
+            [(None, Ok(2)), (Some((1, 2)), Ok(2)), (Some((0, 1)), Ok(1)), (Some((3, 4)), Err(()))]
+        {
+            let (log, services) = (Log::default(), Services::default());
+            let mut host = FakeHost::new(&log, &services);
+            let mode = FakeMode::on(course, &log);
+            let frames = mode.frames.clone();
+            let mut update = Update::begin(&services, Box::new(mode), &host).unwrap();
+            if let Some((least, most)) = reads {
+                update.set_reads([SectionRange { name: "clock".into(), least, most }].into_iter().collect());
+            }
+            match (run(&mut update, &mut host, &log), expected) {
+                (Outcome::HandedOver, Ok(version)) => {
+                    let frames = frames.lock().unwrap();
+                    let (_, main) = frames.last().unwrap();
+                    let clock = Frame::parse(main).unwrap().require("clock", 0).unwrap();
+                    assert_eq!(clock.version, version, "{course:?} {reads:?}");
+                }
+                (Outcome::Failed { error, guest }, Err(())) => {
+                    assert_eq!(
+                        error.to_string(),
+                        "the state could not be saved: state section 'clock' cannot be written for this target: it \
+                         reads versions 3 and 4, this program writes versions 1 and 2"
+                    );
+                    guest.unwrap();
+                    let said = log.take();
+                    assert_eq!(said[said.len() - 2..], ["mode roll_back", "host resume Running"]);
+                }
+                other => panic!("{course:?} {reads:?}: {other:?}"),
+            }
+        }
+    }
 }
 
 /// What comes with the target's introduction, and what with the hand over.

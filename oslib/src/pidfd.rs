@@ -1,4 +1,4 @@
-#![allow(unsafe_code, reason = "pidfd_open, pidfd_send_signal and waitid are called directly")]
+#![allow(unsafe_code, reason = "pidfd_open, pidfd_getfd, pidfd_send_signal and waitid are called directly")]
 //! A process by descriptor instead of by number: it is never somebody else.
 //!
 //! Open it while the number cannot have been reused: for a child that was not reaped, for oneself, for a number that a
@@ -54,6 +54,18 @@ impl PidFd {
     /// Those of pidfd_open(2).
     pub fn of_self() -> io::Result<Self> {
         Self::open(std::process::id())
+    }
+
+    /// A copy, close-on-exec, of the process's descriptor `number`: another number for the same open file.
+    ///
+    /// # Errors
+    /// EBADF if it has no such descriptor, EPERM if the caller may not trace it, ESRCH if it is gone.
+    pub fn copy_descriptor(&self, number: RawFd) -> io::Result<OwnedFd> {
+        // SAFETY: takes no pointer. The kernel checks both numbers.
+        let fd =
+            Errno::result(unsafe { libc::syscall(libc::SYS_pidfd_getfd, self.0.as_raw_fd(), number, 0) })?;
+        // SAFETY: the kernel has just made this descriptor for us. It is an int, returned in a long.
+        Ok(unsafe { OwnedFd::from_raw_fd(fd as RawFd) })
     }
 
     /// Sends a signal; 0 only asks whether there is still a process, a zombie included.
@@ -217,6 +229,21 @@ mod tests {
         #[expect(clippy::zombie_processes, reason = "reaping it is what is tested")]
         let child = Command::new(program).args(args).spawn().unwrap();
         PidFd::open(child.id()).unwrap()
+    }
+
+    #[test]
+    fn a_copied_descriptor_is_the_same_open_file() {
+        use std::io::{Seek, SeekFrom, Write};
+
+        let mut file = tempfile::tempfile().unwrap();
+        file.write_all(b"content").unwrap();
+        let process = PidFd::of_self().unwrap();
+        let mut copy = std::fs::File::from(process.copy_descriptor(file.as_raw_fd()).unwrap());
+        assert!(cloexec::is_set(&copy).unwrap());
+        assert_eq!(copy.stream_position().unwrap(), 7);
+        copy.seek(SeekFrom::Start(2)).unwrap();
+        assert_eq!(file.stream_position().unwrap(), 2);
+        assert_eq!(process.copy_descriptor(1 << 20).unwrap_err().raw_os_error(), Some(libc::EBADF));
     }
 
     #[test]

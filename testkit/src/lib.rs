@@ -4,6 +4,7 @@
 //! Tests, benchmarks and `cargo xtask demo` share it. Every wait has a limit, and a [`Vmm`] that is dropped ends its
 //! process, by pid.
 
+mod belongings;
 mod console;
 mod gate;
 mod guest;
@@ -13,6 +14,7 @@ mod qmp;
 mod shell;
 mod vmm;
 
+pub use belongings::{Belongings, Look};
 pub use console::{Console, Terminal, pipes};
 pub use gate::{Gate, Held};
 pub use guest::{Guest, beat_gap_us};

@@ -7,6 +7,7 @@
 
 use std::fmt;
 
+use cpr_core::section::SectionType;
 use kvm_bindings::{
     kvm_cpuid_entry2, kvm_debugregs, kvm_irqchip, kvm_lapic_state, kvm_mp_state, kvm_pit_state2, kvm_regs,
     kvm_sregs, kvm_vcpu_events, kvm_xcrs,
@@ -290,6 +291,26 @@ pub struct MachineState {
     pub serial: SerialState,
     /// The small platform devices.
     pub platform: PlatformState,
+}
+
+impl SectionType for VcpuState {
+    const NAME: &'static str = "kvm/vcpu";
+    const VERSION: u32 = 1;
+}
+
+impl SectionType for VmState {
+    const NAME: &'static str = "kvm/vm";
+    const VERSION: u32 = 1;
+}
+
+impl SectionType for SerialState {
+    const NAME: &'static str = "serial";
+    const VERSION: u32 = 1;
+}
+
+impl SectionType for PlatformState {
+    const NAME: &'static str = "platform";
+    const VERSION: u32 = 1;
 }
 
 impl VcpuState {

@@ -7,6 +7,7 @@
 
 use std::time::{SystemTime, UNIX_EPOCH};
 
+use cpr_core::section::SectionType;
 use oslib::clock::{boot_id, monotonic_ns};
 use serde::{Deserialize, Serialize};
 
@@ -24,6 +25,11 @@ pub struct TimeState {
     pub monotonic_ns: u64,
     /// The guest's TSC on each vCPU, and CLOCK_REALTIME in ns when it was read.
     pub vcpus: Vec<(u64, u64)>,
+}
+
+impl SectionType for TimeState {
+    const NAME: &'static str = "kvm/time";
+    const VERSION: u32 = 1;
 }
 
 /// What the clocks show now.

@@ -229,7 +229,7 @@ pub struct Chardev {
 }
 
 /// A chardev on its way to the next program, version 1. Its descriptors travel in the registry.
-#[derive(Debug, Serialize, Deserialize)]
+#[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct ChardevState {
     identity: String,
     connected: bool,
@@ -238,7 +238,7 @@ pub struct ChardevState {
 }
 
 /// Terminal modes as plain numbers.
-#[derive(Debug, Serialize, Deserialize)]
+#[derive(Debug, Clone, Serialize, Deserialize)]
 struct TermiosState {
     flags: [u32; 4],
     line: u8,

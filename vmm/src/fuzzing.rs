@@ -8,6 +8,7 @@ pub mod chardev;
 pub mod cli;
 pub mod errors;
 pub mod event_loop;
+pub mod formats;
 pub mod migration;
 pub mod monitor;
 pub mod startup;

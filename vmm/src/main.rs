@@ -11,6 +11,7 @@ pub mod errors;
 pub mod event_loop;
 #[cfg(feature = "fault-injection")]
 pub mod fault;
+pub mod formats;
 pub mod migration;
 pub mod monitor;
 pub mod startup;

@@ -69,6 +69,48 @@ pub struct Settings {
     pub ignore_shared: bool,
 }
 
+/// [`Settings`] as the release before saved them.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct SettingsV1 {
+    mode: String,
+    cpr_exec_command: Vec<String>,
+    keeper: bool,
+    cpr_exec_timeout: u64,
+    cpr_defer_timeout: u64,
+    events: bool,
+}
+
+impl From<SettingsV1> for Settings {
+    fn from(old: SettingsV1) -> Settings {
+        let SettingsV1 { mode, cpr_exec_command, keeper, cpr_exec_timeout, cpr_defer_timeout, events } = old;
+        let cpr_preflight = Policy::default();
+        Settings {
+            mode,
+            cpr_exec_command,
+            keeper,
+            cpr_exec_timeout,
+            cpr_defer_timeout,
+            cpr_preflight,
+            events,
+            // That release had no mode for which it counts.
+            ignore_shared: false,
+        }
+    }
+}
+
+impl From<&Settings> for SettingsV1 {
+    fn from(new: &Settings) -> SettingsV1 {
+        SettingsV1 {
+            mode: new.mode.clone(),
+            cpr_exec_command: new.cpr_exec_command.clone(),
+            keeper: new.keeper,
+            cpr_exec_timeout: new.cpr_exec_timeout,
+            cpr_defer_timeout: new.cpr_defer_timeout,
+            events: new.events,
+        }
+    }
+}
+
 impl Default for Settings {
     fn default() -> Self {
         Settings {

@@ -269,7 +269,7 @@ fn listen(cpr: &SocketAddress, config: &Config) -> anyhow::Result<Listener> {
 }
 
 fn build(
-    config: Config,
+    mut config: Config,
     services: Services,
     signals: SignalFd,
     original_mask: SignalMask,
@@ -294,7 +294,8 @@ fn build(
     };
     note_progress();
     let (mut states, settings, named_fds, cpuid) = match early {
-        Some(EarlyState { chardevs, settings, named_fds, cpuid }) => {
+        Some(EarlyState { machine_type, chardevs, settings, named_fds, cpuid }) => {
+            config.machine.adopt(&machine_type).map_err(anyhow::Error::msg)?;
             (chardevs, settings, app::find_named_fds(&named_fds, &services.registry), cpuid)
         }
         None => Default::default(),

@@ -64,10 +64,11 @@ pub(crate) fn test(arguments: &TestArgs) -> Result<bool> {
     if arguments.filters.is_empty() {
         model(&mut tally)?;
         faults(&mut tally)?;
+        versions(&mut tally)?;
         release_has_no_faults(&mut tally)?;
         lab_lane(arguments.no_lab, &mut tally)?;
     } else {
-        for lane in ["model", "targets that fail", "release binary", "lab"] {
+        for lane in ["model", "targets that fail", "updates between releases", "release binary", "lab"] {
             tally.skip(lane, "filters given");
         }
     }
@@ -176,10 +177,20 @@ fn model(tally: &mut Tally) -> Result<()> {
 fn faults(tally: &mut Tally) -> Result<()> {
     title("targets that fail (fault-injection)");
     let mut command = cargo();
-    command.args(["test", "-p", "vmm", "--features", "fault-injection", "--test", "fallback"]);
+    command.args(["test", "-p", "vmm", "--features", "fault-injection"]);
+    command.args(["--test", "fallback", "--test", "passive"]);
     // Or the other tests would find a program with faults in their folder.
     command.arg("--target-dir").arg(target_folder()?.join("faults"));
     libtest("targets that fail", &mut command, tally)
+}
+
+/// Updates from and to a program that writes the state as the release before did.
+fn versions(tally: &mut Tally) -> Result<()> {
+    title("updates between releases (previous-format)");
+    let mut command = cargo();
+    command.args(["test", "-p", "vmm", "--features", "previous-format", "--test", "versions"]);
+    command.arg("--target-dir").arg(target_folder()?.join("versions"));
+    libtest("updates between releases", &mut command, tally)
 }
 
 /// The program that users get must not know how to leave out steps of a restore.

@@ -43,13 +43,13 @@ pub(crate) fn read(mut frame: Frame) {
 /// A good early frame.
 pub(crate) fn writer() -> FrameWriter {
     let mut writer = FrameWriter::default();
-    for (name, mut seeds) in [
-        (UPDATE, update_seeds()),
-        (REGISTRY, registry_seeds()),
-        (PROCESS, process_seeds()),
-        (MONITORS, monitors_seeds()),
+    for (name, version, mut seeds) in [
+        (UPDATE, 1, update_seeds()),
+        (REGISTRY, 1, registry_seeds()),
+        (PROCESS, 1, process_seeds()),
+        (MONITORS, 2, monitors_seeds()),
     ] {
-        writer.put(name, 0, 1, seeds.remove(0)).expect("each name stands once");
+        writer.put(name, 0, version, seeds.remove(0)).expect("each name stands once");
     }
     writer
 }
@@ -75,7 +75,7 @@ fn begin(early: Frame) -> bool {
 
 /// The section `cpr-core/update`.
 pub fn update(data: &[u8]) -> bool {
-    begin(frame_of(&[(UPDATE, data)]))
+    begin(frame_of(&[(UPDATE, 1, data)]))
 }
 
 pub(crate) fn update_seeds() -> Vec<Vec<u8>> {
@@ -173,9 +173,14 @@ pub(crate) fn process_seeds() -> Vec<Vec<u8>> {
     ]
 }
 
-/// The section `cpr-vmm/monitors`, and sessions that go on with it: whatever the new command line connects to the
-/// character devices.
+/// The section `cpr-vmm/monitors` in both versions, and sessions that go on with it: whatever the new command line connects
+/// to the character devices.
 pub fn monitors(data: &[u8]) -> bool {
+    let [previous, current] = [1, 2].map(|version| monitors_of(version, data));
+    previous || current
+}
+
+fn monitors_of(version: u32, data: &[u8]) -> bool {
     let shapes: [fn() -> Vec<User>; 4] = [
         || vec![User::Serial(VecDeque::new()), User::Hmp(None), User::Qmp(None)],
         || vec![User::Hmp(None)],
@@ -183,7 +188,7 @@ pub fn monitors(data: &[u8]) -> bool {
         || vec![User::Qmp(None), User::Serial(VecDeque::new())],
     ];
     for shape in shapes {
-        match take_early_state(&mut frame_of(&[(MONITORS, data)])) {
+        match take_early_state(&mut frame_of(&[(MONITORS, version, data)])) {
             Ok(state) => go_on(state, shape()),
             Err(error) => {
                 let _ = vmm::errors::text(error.as_ref());
@@ -197,7 +202,8 @@ pub fn monitors(data: &[u8]) -> bool {
 /// Does what a target does with the state, with `users` on the first character device.
 fn go_on(state: EarlyState, users: Vec<User>) {
     let _ = state.terminal().map(|terminal| terminal.make_raw(true));
-    let EarlyState { chardevs, settings, named_fds, cpuid: _ } = state;
+    let EarlyState { machine_type, chardevs, settings, named_fds, cpuid: _ } = state;
+    let _ = crate::command_line::config(&[]).machine.adopt(&machine_type);
     let _ = (settings.parameters(), settings.capabilities(), settings.mode_info());
     let request = Request {
         main: Channel::Memfd,
@@ -310,9 +316,13 @@ pub(crate) fn monitors_seeds() -> Vec<Vec<u8>> {
     );
     let null_users = (None::<Mux>, vec![UserWire::Qmp(Some(asking.save()), 0)]);
     let hmp_users = (None::<Mux>, vec![UserWire::Hmp(Some(typing.save()), 16)]);
+    let machine = "microvm-0.1";
+    let settings_of_version_1 = ("cpr-exec", vec!["cpr-vmm"], true, 5000_u64, 0_u64, false);
+    let cpuid = || vec![Blob::from(vec![0; 40])];
     vec![
-        to_body(&(vec![(&stdio, stdio_users)], &settings, vec!["tap"], vec![Blob::from(vec![0; 40])])),
-        to_body(&(vec![(null, null_users)], &settings, vec!["tap"], NO_CPUID)),
-        to_body(&(vec![(&stdio, hmp_users)], &settings, Vec::<String>::new(), NO_CPUID)),
+        to_body(&(machine, vec![(&stdio, &stdio_users)], &settings, vec!["tap"], cpuid())),
+        to_body(&(machine, vec![(null, null_users)], &settings, vec!["tap"], NO_CPUID)),
+        to_body(&(machine, vec![(&stdio, hmp_users)], &settings, Vec::<String>::new(), NO_CPUID)),
+        to_body(&(vec![(&stdio, stdio_users)], settings_of_version_1, vec!["tap"], cpuid())),
     ]
 }

@@ -94,11 +94,11 @@ pub const TARGETS: &[Target] = &[
 /// The update that every frame here belongs to.
 const EPOCH: u64 = 7;
 
-/// A frame of these sections, each instance 0 and version 1, that went through its bytes.
-fn frame_of(sections: &[(&str, &[u8])]) -> Frame {
+/// A frame of these sections, by name, version and body, each instance 0, that went through its bytes.
+fn frame_of(sections: &[(&str, u32, &[u8])]) -> Frame {
     let mut writer = FrameWriter::default();
-    for (name, body) in sections {
-        writer.put(name, 0, 1, body.to_vec()).expect("each name stands once");
+    for (name, version, body) in sections {
+        writer.put(name, 0, *version, body.to_vec()).expect("each name stands once");
     }
     Frame::parse(&writer.finish(EPOCH)).expect("what was just written can be read")
 }

@@ -50,48 +50,56 @@ pub(crate) fn read(frame: &mut Frame) -> bool {
 /// A good main frame.
 pub(crate) fn writer() -> FrameWriter {
     let mut writer = FrameWriter::default();
-    for (name, body) in good() {
-        writer.put(name, 0, 1, body.clone()).expect("each name stands once");
+    for (name, version, body) in good() {
+        writer.put(name, 0, *version, body.clone()).expect("each name stands once");
     }
     writer
 }
 
-/// Sections and bodies of a good main frame.
-fn good() -> &'static [(&'static str, Vec<u8>)] {
-    static GOOD: OnceLock<Vec<(&str, Vec<u8>)>> = OnceLock::new();
+/// Sections, versions and bodies of a good main frame.
+fn good() -> &'static [(&'static str, u32, Vec<u8>)] {
+    static GOOD: OnceLock<Vec<(&str, u32, Vec<u8>)>> = OnceLock::new();
     GOOD.get_or_init(|| {
         vec![
-            (MACHINE, machine_seeds().remove(0)),
-            (VM, to_body(&good_vm())),
-            (VCPU, to_body(&good_vcpu())),
-            (SERIAL, to_body(&good_serial())),
-            (PLATFORM, to_body(&PlatformState::default())),
-            (OUTSIDE, outside_seeds().remove(0)),
+            (MACHINE, 2, machine_seeds().remove(0)),
+            (VM, 1, to_body(&good_vm())),
+            (VCPU, 1, to_body(&good_vcpu())),
+            (SERIAL, 1, to_body(&good_serial())),
+            (PLATFORM, 1, to_body(&PlatformState::default())),
+            (OUTSIDE, 1, outside_seeds().remove(0)),
         ]
     })
 }
 
-/// The section `cpr-vmm/machine`, in a frame whose other sections are good.
+/// A frame in which `section`, in this version, has `data` for a body, and whose other sections are good.
+fn good_but_for(section: &str, version: u32, data: &[u8]) -> Frame {
+    let sections = good().iter().map(|(name, good, body)| match *name == section {
+        true => (*name, version, data),
+        false => (*name, *good, &body[..]),
+    });
+    frame_of(&sections.collect::<Vec<_>>())
+}
+
+/// The section `cpr-vmm/machine` in both versions, in a frame whose other sections are good.
 pub fn machine(data: &[u8]) -> bool {
-    let sections: Vec<_> =
-        good().iter().map(|(name, body)| (*name, if *name == MACHINE { data } else { &body[..] })).collect();
-    let mut frame = frame_of(&sections);
-    let good = read(&mut frame);
-    assert!(!good || frame.remaining().is_empty());
-    good
+    let [previous, current] = [1, 2].map(|version| {
+        let mut frame = good_but_for(MACHINE, version, data);
+        let good = read(&mut frame);
+        assert!(!good || frame.remaining().is_empty());
+        good
+    });
+    previous || current
 }
 
 pub(crate) fn machine_seeds() -> Vec<Vec<u8>> {
     // How the guest ended, if it did: None, then a power-off.
-    let of = |ended: Option<u32>| to_body(&("microvm", 64_u64 << 20, 1_u32, "running", ended));
-    vec![of(None), of(Some(0))]
+    let of = |machine: &str, ended: Option<u32>| to_body(&(machine, 64_u64 << 20, 1_u32, "running", ended));
+    vec![of("microvm-0.1", None), of("microvm-0.1", Some(0)), of("microvm", None)]
 }
 
 /// The section `cpr-vmm/outside`, in a frame whose other sections are good.
 pub fn outside(data: &[u8]) -> bool {
-    let sections: Vec<_> =
-        good().iter().map(|(name, body)| (*name, if *name == OUTSIDE { data } else { &body[..] })).collect();
-    read(&mut frame_of(&sections))
+    read(&mut good_but_for(OUTSIDE, 1, data))
 }
 
 pub(crate) fn outside_seeds() -> Vec<Vec<u8>> {

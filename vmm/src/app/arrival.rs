@@ -116,7 +116,9 @@ impl App {
     fn build_around(&mut self, incoming: &mut Incoming) -> anyhow::Result<Hardware> {
         let control = incoming.control().clone();
         // The user's settings are those of this program's monitors.
-        let EarlyState { chardevs, named_fds, cpuid, settings: _ } = take_early_state(incoming.early())?;
+        let EarlyState { machine_type, chardevs, named_fds, cpuid, settings: _ } =
+            take_early_state(incoming.early())?;
+        self.parts.config.machine.adopt(&machine_type).map_err(anyhow::Error::msg)?;
         self.open_awaited(chardevs)?;
         control.rendezvous().note_progress();
         let parts = &mut self.parts;

@@ -9,6 +9,7 @@ use anyhow::{Context, anyhow};
 use cpr_core::error::BoxError;
 use cpr_core::frame::{Frame, FrameWriter, Section};
 use cpr_core::preflight::Manifest;
+use cpr_core::section::{Previous, SectionType};
 use cpr_core::{
     Backing, FdKind, FdPolicy, FdRegistry, GuestActivity, Host, IncomingError, MemoryRegion, ModeInfo,
     Properties, TerminalAction,
@@ -24,34 +25,33 @@ use super::{App, Exit, FrontEnd, RunState, User};
 use crate::arriving::{Arriving, Predecessor, check_transfer_channel};
 use crate::chardev::ChardevState;
 use crate::cli::config::{Config, Incoming};
-use crate::errors;
-use crate::migration::{Settings, Status};
+use crate::migration::{Settings, SettingsV1, Status};
 use crate::monitor::mux::Mux;
 use crate::monitor::{Channel, MAX_RECEIVED_FDS, QmpError, Reply, hmp, qmp};
 use crate::startup::Hardware;
+use crate::{errors, formats};
 
-/// Early section: chardevs, monitors, migration settings.
-pub(super) const MONITORS: &str = "cpr-vmm/monitors";
-/// Main section: what the machine is made of.
-pub(super) const MACHINE: &str = "cpr-vmm/machine";
-pub(super) const VM: &str = "kvm/vm";
-pub(super) const VCPU: &str = "kvm/vcpu";
-pub(super) const SERIAL: &str = "serial";
-pub(super) const PLATFORM: &str = "platform";
 /// Main section: what the guest did that the outside does not know yet.
-pub(super) const OUTSIDE: &str = "cpr-vmm/outside";
-/// Main section, if another kernel may run the guest: what its clocks are measured by.
-pub(super) const TIME: &str = "kvm/time";
-/// Main section, if the guest moves to another process: input for COM1 that its FIFO had no room for.
-pub(super) const SERIAL_INPUT: &str = "cpr-vmm/serial-input";
-
-/// Version 1 of [`OUTSIDE`].
 #[derive(Debug, Default, Serialize, Deserialize)]
-struct OutsideSection {
+pub(super) struct OutsideSection {
     /// What it printed and COM1's chardev has not sent.
     unsent: Vec<u8>,
     /// Resets that monitors have not been told of.
     resets: Vec<Reset>,
+}
+
+impl SectionType for OutsideSection {
+    const NAME: &'static str = "cpr-vmm/outside";
+    const VERSION: u32 = 1;
+}
+
+/// Main section, if the guest moves to another process: input for COM1 that its FIFO had no room for.
+#[derive(Debug, Default, Serialize, Deserialize)]
+pub(super) struct SerialInput(Vec<u8>);
+
+impl SectionType for SerialInput {
+    const NAME: &'static str = "cpr-vmm/serial-input";
+    const VERSION: u32 = 1;
 }
 
 /// Bytes of state of a machine without vCPUs, generously.
@@ -68,9 +68,11 @@ pub(super) struct Loaded {
     serial_input: Vec<u8>,
 }
 
-/// Version 1 of [`MONITORS`].
+/// Early section: chardevs, monitors, migration settings, and what the machine is built of before its state is there.
 #[derive(Debug, Serialize, Deserialize)]
 pub struct EarlyState {
+    /// Full name of the guest's machine type.
+    pub machine_type: String,
     /// Chardevs, each with its users.
     pub chardevs: Vec<(ChardevState, FrontEndState)>,
     /// Parameters and capabilities.
@@ -81,6 +83,59 @@ pub struct EarlyState {
     pub cpuid: Vec<Blob>,
 }
 
+impl SectionType for EarlyState {
+    const NAME: &'static str = "cpr-vmm/monitors";
+    const VERSION: u32 = 2;
+    const PREVIOUS: Option<Previous<Self>> = Some(Previous::of::<EarlyStateV1>());
+}
+
+/// Version 1 of [`EarlyState`].
+#[derive(Debug, Serialize, Deserialize)]
+struct EarlyStateV1 {
+    chardevs: Vec<(ChardevState, FrontEndState)>,
+    settings: SettingsV1,
+    named_fds: Vec<String>,
+    cpuid: Vec<Blob>,
+}
+
+impl SectionType for EarlyStateV1 {
+    const NAME: &'static str = EarlyState::NAME;
+    const VERSION: u32 = 1;
+}
+
+impl From<EarlyStateV1> for EarlyState {
+    fn from(old: EarlyStateV1) -> EarlyState {
+        let EarlyStateV1 { chardevs, settings, named_fds, cpuid } = old;
+        let machine_type = FIRST_MACHINE_TYPE.to_owned();
+        EarlyState { machine_type, chardevs, settings: settings.into(), named_fds, cpuid }
+    }
+}
+
+impl TryFrom<&EarlyState> for EarlyStateV1 {
+    type Error = String;
+
+    fn try_from(new: &EarlyState) -> Result<EarlyStateV1, String> {
+        is_first_machine_type(&new.machine_type)?;
+        Ok(EarlyStateV1 {
+            chardevs: new.chardevs.clone(),
+            settings: (&new.settings).into(),
+            named_fds: new.named_fds.clone(),
+            cpuid: new.cpuid.clone(),
+        })
+    }
+}
+
+/// The machine type there was when machine types had no versions, and its name then.
+const FIRST_MACHINE_TYPE: &str = "microvm-0.1";
+const UNVERSIONED_MACHINE_TYPE: &str = "microvm";
+
+fn is_first_machine_type(name: &str) -> Result<(), String> {
+    match name {
+        FIRST_MACHINE_TYPE => Ok(()),
+        other => Err(format!("it has no machine type '{other}'")),
+    }
+}
+
 impl EarlyState {
     /// The modes that the terminal had before any program of this guest changed them.
     pub fn terminal(&self) -> Option<oslib::term::Termios> {
@@ -89,13 +144,13 @@ impl EarlyState {
 }
 
 /// The users of one chardev.
-#[derive(Debug, Serialize, Deserialize)]
+#[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct FrontEndState {
     mux: Option<Mux>,
     users: Vec<UserState>,
 }
 
-#[derive(Debug, Serialize, Deserialize)]
+#[derive(Debug, Clone, Serialize, Deserialize)]
 enum UserState {
     Serial(Vec<u8>),
     Hmp(Option<hmp::SessionState>, u64),
@@ -112,9 +167,10 @@ impl UserState {
     }
 }
 
-/// Version 1 of [`MACHINE`]: must be equal on both sides, but for the run state.
-#[derive(Debug, PartialEq, Eq, Serialize, Deserialize)]
-struct MachineSection {
+/// Main section: what the machine is made of. Must be equal on both sides, but for the run state.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub(super) struct MachineSection {
+    /// The full name.
     machine_type: String,
     ram_bytes: u64,
     vcpus: u32,
@@ -122,6 +178,50 @@ struct MachineSection {
     run_state: String,
     /// How the guest ended, if it did so after the new program had been started.
     ended: Option<GuestEnd>,
+}
+
+impl SectionType for MachineSection {
+    const NAME: &'static str = "cpr-vmm/machine";
+    const VERSION: u32 = 2;
+    const PREVIOUS: Option<Previous<Self>> = Some(Previous::of::<MachineSectionV1>());
+}
+
+/// Version 1 of [`MachineSection`]: its machine type has no version.
+#[derive(Debug, Serialize, Deserialize)]
+struct MachineSectionV1 {
+    machine_type: String,
+    ram_bytes: u64,
+    vcpus: u32,
+    run_state: String,
+    ended: Option<GuestEnd>,
+}
+
+impl SectionType for MachineSectionV1 {
+    const NAME: &'static str = MachineSection::NAME;
+    const VERSION: u32 = 1;
+}
+
+impl From<MachineSectionV1> for MachineSection {
+    fn from(old: MachineSectionV1) -> MachineSection {
+        let MachineSectionV1 { machine_type, ram_bytes, vcpus, run_state, ended } = old;
+        let machine_type = match machine_type.as_str() {
+            UNVERSIONED_MACHINE_TYPE => FIRST_MACHINE_TYPE.into(),
+            // There is none, and so it is refused.
+            _ => machine_type,
+        };
+        MachineSection { machine_type, ram_bytes, vcpus, run_state, ended }
+    }
+}
+
+impl TryFrom<&MachineSection> for MachineSectionV1 {
+    type Error = String;
+
+    fn try_from(new: &MachineSection) -> Result<MachineSectionV1, String> {
+        is_first_machine_type(&new.machine_type)?;
+        let MachineSection { ram_bytes, vcpus, run_state, ended, .. } = new.clone();
+        let machine_type = UNVERSIONED_MACHINE_TYPE.to_owned();
+        Ok(MachineSectionV1 { machine_type, ram_bytes, vcpus, run_state, ended })
+    }
 }
 
 /// An end that the guest brought about, and that the new program has to carry out.
@@ -158,8 +258,8 @@ impl MachineSection {
 /// # Errors
 /// It is missing or damaged.
 pub fn take_early_state(early: &mut Frame) -> anyhow::Result<EarlyState> {
-    let section = early.require(MONITORS, 0)?;
-    let state: EarlyState = section.decode(1)?;
+    let section = early.require(EarlyState::NAME, 0)?;
+    let state: EarlyState = formats::read(&section)?;
     // What would be looked for, one by one.
     let counts =
         state.chardevs.iter().flat_map(|(_, front_end)| &front_end.users).map(UserState::descriptors);
@@ -188,7 +288,7 @@ pub struct Arrived {
 /// # Errors
 /// A section is missing or damaged, or the guest has another machine than `config`.
 pub fn read_machine(main: &mut Frame, config: &Config) -> anyhow::Result<Arrived> {
-    let machine: MachineSection = main.require(MACHINE, 0)?.decode(1)?;
+    let machine: MachineSection = formats::take(main, 0)?;
     let run_state = match machine.run_state.as_str() {
         "prelaunch" => RunState::Prelaunch,
         _ => RunState::Paused,
@@ -196,23 +296,23 @@ pub fn read_machine(main: &mut Frame, config: &Config) -> anyhow::Result<Arrived
     machine.shape().check(&MachineShape::of(config))?;
     let mut vcpus = Vec::new();
     for instance in 0..machine.vcpus {
-        vcpus.push(main.require(VCPU, instance)?.decode(1)?);
+        vcpus.push(formats::take(main, instance)?);
     }
     let state = MachineState {
-        vm: main.require(VM, 0)?.decode(1)?,
+        vm: formats::take(main, 0)?,
         vcpus,
-        serial: main.require(SERIAL, 0)?.decode(1)?,
-        platform: main.require(PLATFORM, 0)?.decode(1)?,
+        serial: formats::take(main, 0)?,
+        platform: formats::take(main, 0)?,
     };
-    let time = main.take(TIME, 0).map(|section| read_time(&section, machine.vcpus)).transpose()?;
-    let outside = main.require(OUTSIDE, 0)?.decode(1)?;
-    let serial_input = main.take(SERIAL_INPUT, 0).map(|section| section.decode(1)).transpose()?;
-    let serial_input = serial_input.unwrap_or_default();
+    let time = main.take(TimeState::NAME, 0).map(|section| read_time(&section, machine.vcpus)).transpose()?;
+    let outside = formats::take(main, 0)?;
+    let serial_input = main.take(SerialInput::NAME, 0).map(|section| formats::read(&section)).transpose()?;
+    let SerialInput(serial_input) = serial_input.unwrap_or_default();
     Ok(Arrived { run_state, state, time, outside, ended: machine.ended, serial_input })
 }
 
 fn read_time(section: &Section, vcpus: u32) -> anyhow::Result<TimeState> {
-    let time: TimeState = section.decode(1)?;
+    let time: TimeState = formats::read(section)?;
     if time.vcpus.len() != vcpus as usize {
         return Err(section.malformed(format!("{} vCPUs of {vcpus}", time.vcpus.len())).into());
     }
@@ -327,6 +427,7 @@ impl App {
         }
         self.saved_fds = kept;
         Ok(EarlyState {
+            machine_type: self.parts.config.machine.machine_type().name().into(),
             chardevs,
             settings: self.parts.settings.clone(),
             named_fds: self.parts.named_fds.keys().cloned().collect(),
@@ -339,28 +440,23 @@ impl App {
         self.deliver_events();
         let machine = self.hardware()?.machine.save()?;
         let ended = GuestEnd::of(self.exit.as_ref());
-        main.put_value(
-            MACHINE,
-            0,
-            1,
-            &MachineSection::of(&self.parts.config, self.state_before_update, ended),
-        )?;
-        main.put_value(VM, 0, 1, &machine.vm)?;
+        formats::put(main, 0, &MachineSection::of(&self.parts.config, self.state_before_update, ended))?;
+        formats::put(main, 0, &machine.vm)?;
         for (instance, vcpu) in machine.vcpus.iter().enumerate() {
-            main.put_value(VCPU, u32::try_from(instance)?, 1, vcpu)?;
+            formats::put(main, u32::try_from(instance)?, vcpu)?;
         }
-        main.put_value(SERIAL, 0, 1, &machine.serial)?;
-        main.put_value(PLATFORM, 0, 1, &machine.platform)?;
+        formats::put(main, 0, &machine.serial)?;
+        formats::put(main, 0, &machine.platform)?;
         // Sent by whoever has the guest in the end, and by nobody before.
         let unsent = self.serial_chardev().map(|at| self.parts.chardevs[at].output().hold());
         let outside =
             OutsideSection { unsent: unsent.unwrap_or_default(), resets: self.untold_resets.clone() };
-        main.put_value(OUTSIDE, 0, 1, &outside)?;
+        formats::put(main, 0, &outside)?;
         if self.moves_out {
-            main.put_value(SERIAL_INPUT, 0, 1, &self.serial_input())?;
+            formats::put(main, 0, &SerialInput(self.serial_input()))?;
         }
         if self.outlives_kernel {
-            main.put_value(TIME, 0, 1, &self.hardware()?.machine.time()?)?;
+            formats::put(main, 0, &self.hardware()?.machine.time()?)?;
         }
         Ok(())
     }
@@ -554,7 +650,7 @@ impl Host for App {
             return Ok(());
         }
         let state = self.early_state()?;
-        Ok(early.put_value(MONITORS, 0, 1, &state)?)
+        Ok(formats::put(early, 0, &state)?)
     }
 
     fn save(&mut self, main: &mut FrameWriter) -> Result<(), BoxError> {
@@ -595,6 +691,9 @@ pub fn find_named_fds(names: &[String], registry: &FdRegistry) -> BTreeMap<Strin
 }
 
 #[cfg(test)]
+mod version_tests;
+
+#[cfg(test)]
 mod tests {
     use cpr_core::frame::FrameWriter;
 
@@ -609,13 +708,14 @@ mod tests {
             for (count, good) in [(16, true), (17, false), (u64::MAX, false)] {
                 let chardev = ("stdio", true, b"".to_vec(), None::<()>);
                 let state = (
+                    "microvm-0.1",
                     vec![(chardev, (None::<Mux>, users(count)))],
                     Settings::default(),
                     [""; 0].to_vec(),
                     Vec::<Blob>::new(),
                 );
                 let mut early = FrameWriter::default();
-                early.put_value(MONITORS, 0, 1, &state).unwrap();
+                early.put_value(EarlyState::NAME, 0, 2, &state).unwrap();
                 let result = take_early_state(&mut Frame::parse(&early.finish(1)).unwrap());
                 let expected = format!(
                     "state section 'cpr-vmm/monitors' instance 0 is malformed: a session has {count} descriptors, at \

@@ -1,30 +1,53 @@
 //! What this program shows of its machine before an update, and what it looks for in the machine of another one: whether it
 //! could take that over with its own command line. Nothing of the guest's is opened for it.
 
+use std::ops::RangeInclusive;
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 
 use anyhow::{Context, bail, ensure};
 use cpr_core::preflight::{self, Manifest, SectionCatalogue, Verdict};
+use cpr_core::section::SectionType;
 use cpr_exec::MainChannel;
 use cpr_exec::PreflightRequest;
 use serde::{Deserialize, Serialize};
 use vmm_core::kvm::{self, Capabilities};
+use vmm_core::state::{PlatformState, SerialState, VcpuState, VmState};
 
 use super::App;
-use super::host::{MACHINE, MONITORS, OUTSIDE, PLATFORM, SERIAL, SERIAL_INPUT, VCPU, VM};
+use super::host::{EarlyState, MachineSection, OutsideSection, SerialInput};
 use crate::chardev;
-use crate::cli::config::{Config, Incoming, MachineType, MemoryBackend, MemoryConfig};
+use crate::cli::config::{Config, Incoming, MemoryBackend, MemoryConfig};
 use crate::cli::{self, Invocation};
 use crate::errors;
+use crate::formats;
 use crate::migration::exec_channel;
 use crate::startup::{self, DEFAULT_HUGE_PAGE};
 
-/// Sections that are always written, and the version in which this program writes and reads each.
-const SECTIONS: [(&str, u32); 7] =
-    [(MONITORS, 1), (MACHINE, 1), (VM, 1), (VCPU, 1), (SERIAL, 1), (PLATFORM, 1), (OUTSIDE, 1)];
+/// A section's name, and the versions in which this program reads it and can write it.
+type Row = (&'static str, RangeInclusive<u32>);
+
+fn row<T: SectionType>() -> Row {
+    (T::NAME, formats::versions::<T>())
+}
+
+/// Sections that are always written.
+fn sections() -> [Row; 7] {
+    [
+        row::<EarlyState>(),
+        row::<MachineSection>(),
+        row::<VmState>(),
+        row::<VcpuState>(),
+        row::<SerialState>(),
+        row::<PlatformState>(),
+        row::<OutsideSection>(),
+    ]
+}
+
 /// The one that is written if the guest moves to another process.
-const MOVING: (&str, u32) = (SERIAL_INPUT, 1);
+fn moving() -> Row {
+    row::<SerialInput>()
+}
 
 /// Bytes of an ordinary page.
 const PAGE_BYTES: u64 = 4096;
@@ -54,11 +77,8 @@ struct RamManifest {
 
 impl MachineShape {
     pub(super) fn of(config: &Config) -> MachineShape {
-        let machine_type = match config.machine.machine_type {
-            MachineType::Microvm => "microvm",
-        };
         MachineShape {
-            machine_type: machine_type.into(),
+            machine_type: config.machine.machine_type().name().into(),
             ram_bytes: config.memory.size_bytes,
             vcpus: config.cpus.into(),
         }
@@ -134,10 +154,10 @@ impl App {
 pub fn manifest_of(config: &Config, moves_out: bool) -> Manifest {
     let machine = MachineManifest { shape: MachineShape::of(config), ram: RamManifest::of(&config.memory) };
     let mut manifest = Manifest::default().host(1, &machine);
-    for (name, version) in SECTIONS.into_iter().chain(moves_out.then_some(MOVING)) {
-        let instances = if name == VCPU { config.cpus.into() } else { 1 };
+    for (name, versions) in sections().into_iter().chain(moves_out.then(moving)) {
+        let instances = if name == VcpuState::NAME { config.cpus.into() } else { 1 };
         for instance in 0..instances {
-            manifest = manifest.section(name, instance, version..=version);
+            manifest = manifest.section(name, instance, versions.clone());
         }
     }
     manifest
@@ -155,24 +175,28 @@ pub fn judge_shown(
     mut catalogue: SectionCatalogue,
     here: [anyhow::Result<()>; 2],
 ) -> Verdict {
-    for (name, version) in SECTIONS {
-        catalogue = catalogue.requires(name, version..=version);
+    for (name, versions) in sections() {
+        catalogue = catalogue.requires(name, versions);
     }
-    let (name, version) = MOVING;
-    catalogue = catalogue.reads(name, version..=version);
+    let (name, versions) = moving();
+    catalogue = catalogue.reads(name, versions);
     let machine = match manifest.decode_host::<MachineManifest>(1) {
         Ok(machine) => machine,
         Err(error) => return catalogue.judge(manifest, [errors::text(&error)]),
     };
     // Whose id it is has a check of its own.
     catalogue = catalogue.claims(&machine.ram.id, 0);
-    let checks = [
-        machine.shape.check(&MachineShape::of(config)),
-        machine.ram.check(&config.memory),
-        check_front_ends(config),
-    ];
+    let checks =
+        [check_shape(&machine.shape, config), machine.ram.check(&config.memory), check_front_ends(config)];
     let obstacles = checks.into_iter().chain(here).filter_map(Result::err);
     catalogue.judge(manifest, obstacles.map(|error| errors::text(error.as_ref())))
+}
+
+/// Whether the guest fits into the machine that this command line makes of it.
+fn check_shape(guest: &MachineShape, config: &Config) -> anyhow::Result<()> {
+    let mut config = config.clone();
+    config.machine.adopt(&guest.machine_type).map_err(anyhow::Error::msg)?;
+    guest.check(&MachineShape::of(&config))
 }
 
 /// What would be found wrong with character devices when they are opened, without opening them.
@@ -281,6 +305,13 @@ mod tests {
     fn shapes_that_differ_are_told() {
         let own = MachineShape::of(&config(MEMFD));
         own.check(&own).unwrap();
+        check_shape(&own, &config(MEMFD)).unwrap();
+        let later = MachineShape { machine_type: "microvm-9.9".into(), ..own.clone() };
+        let said = check_shape(&later, &config(MEMFD)).unwrap_err().to_string();
+        assert!(
+            said.ends_with("'microvm-9.9', which this program does not have (it has: microvm-0.1)"),
+            "{said}"
+        );
         let other = |change: fn(&mut MachineShape)| {
             let mut guest = own.clone();
             change(&mut guest);
@@ -291,7 +322,7 @@ mod tests {
         let said = other(|guest| guest.vcpus = 9);
         assert_eq!(said, "the guest has 9 vCPUs, the command line says 1");
         let said = other(|guest| guest.machine_type = "q35".into());
-        assert_eq!(said, "the guest's machine type is 'q35', this program has 'microvm'");
+        assert_eq!(said, "the guest's machine type is 'q35', this program has 'microvm-0.1'");
     }
 
     #[test]

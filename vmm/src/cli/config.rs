@@ -46,18 +46,78 @@ pub struct Config {
 #[derive(Debug, Clone, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct MachineConfig {
-    /// Its type.
-    pub machine_type: MachineType,
+    /// Its type; `None`: the newest, or that of a guest which arrives by an update.
+    pub machine_type: Option<MachineType>,
     /// Whether memory beside the main RAM is shared, too (`aux-ram-share`).
     pub aux_ram_share: bool,
 }
 
-/// The machine types there are.
+impl MachineConfig {
+    /// The type of a machine that is made now.
+    pub fn machine_type(&self) -> MachineType {
+        self.machine_type.unwrap_or_else(MachineType::newest)
+    }
+
+    /// Takes the type of a guest that arrives: whatever this program would make by itself, its guest has what it has.
+    ///
+    /// # Errors
+    /// This program has no such type, or the command line names another.
+    pub fn adopt(&mut self, arrived: &str) -> Result<(), String> {
+        self.adopt_one_of(MACHINE_TYPES, arrived)
+    }
+
+    fn adopt_one_of(&mut self, known: &[MachineType], arrived: &str) -> Result<(), String> {
+        let Some(arrived) = known.iter().copied().find(|known| known.0 == arrived) else {
+            let known: Vec<_> = known.iter().map(|known| known.0).collect();
+            let known = known.join(", ");
+            return Err(format!(
+                "the guest's machine type is '{arrived}', which this program does not have (it has: {known})"
+            ));
+        };
+        match self.machine_type {
+            Some(named) if named != arrived => {
+                let (arrived, named) = (arrived.0, named.0);
+                Err(format!("the guest's machine type is '{arrived}', the command line says '{named}'"))
+            }
+            _ => {
+                self.machine_type = Some(arrived);
+                Ok(())
+            }
+        }
+    }
+}
+
+/// What a guest sees of the machine, by the release that first had it. A guest keeps its type over every update; a change
+/// that guests could notice is a new type.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-#[non_exhaustive]
-pub enum MachineType {
-    /// `microvm`: no firmware, no legacy beyond serial port, PIC and PIT.
-    Microvm,
+pub struct MachineType(&'static str);
+
+/// Every machine type, the oldest first. `microvm`: no firmware, no legacy beyond serial port, PIC and PIT.
+pub const MACHINE_TYPES: &[MachineType] = &[MachineType("microvm-0.1")];
+
+impl MachineType {
+    /// The name of whichever is the newest.
+    pub const ALIAS: &'static str = "microvm";
+
+    /// Its full name.
+    pub fn name(self) -> &'static str {
+        self.0
+    }
+
+    /// The newest.
+    pub fn newest() -> MachineType {
+        *MACHINE_TYPES.last().expect("there is at least one")
+    }
+
+    /// The type of this full name.
+    pub fn find(name: &str) -> Option<MachineType> {
+        MACHINE_TYPES.iter().copied().find(|known| known.0 == name)
+    }
+
+    /// Every full name, for a message.
+    pub fn known() -> String {
+        MACHINE_TYPES.iter().map(|known| known.0).collect::<Vec<_>>().join(", ")
+    }
 }
 
 /// Guest RAM.
@@ -188,4 +248,38 @@ pub struct TraceConfig {
     pub file: Option<PathBuf>,
     /// File for the log; `None`: standard error.
     pub log_file: Option<PathBuf>,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_guest_that_arrives_keeps_its_machine_type() {
+        let known = &[MachineType("m-1"), MachineType("m-2")];
+        let adopted = |named, arrived| {
+            let mut config = MachineConfig { machine_type: named, aux_ram_share: false };
+            config.adopt_one_of(known, arrived).map(|()| config.machine_type().0)
+        };
+        // Not the newest, which this program would make by itself.
+        assert_eq!(adopted(None, "m-1"), Ok("m-1"));
+        assert_eq!(adopted(Some(known[0]), "m-1"), Ok("m-1"));
+        assert_eq!(
+            adopted(Some(known[1]), "m-1").unwrap_err(),
+            "the guest's machine type is 'm-1', the command line says 'm-2'"
+        );
+        assert_eq!(
+            adopted(None, "m-3").unwrap_err(),
+            "the guest's machine type is 'm-3', which this program does not have (it has: m-1, m-2)"
+        );
+    }
+
+    #[test]
+    fn machine_types_are_found_by_their_full_name() {
+        for &known in MACHINE_TYPES {
+            assert_eq!(MachineType::find(known.name()), Some(known));
+        }
+        assert_eq!(MachineType::find(MachineType::ALIAS), None);
+        assert_eq!(MachineType::newest().name(), "microvm-0.1");
+    }
 }

@@ -69,7 +69,7 @@ pub enum CliError {
 
 /// Understands the arguments after the program's name.
 ///
-/// `-help` and `-version` count as soon as they are read: what stands after them is not looked at.
+/// `-help`, `-version` and `-machine help` count as soon as they are read: what stands after them is not looked at.
 ///
 /// # Errors
 ///
@@ -97,6 +97,9 @@ pub fn parse(args: impl IntoIterator<Item = OsString>) -> Result<Invocation, Cli
             options::Action::Version => return Ok(Invocation::Version(version())),
             options::Action::Apply(apply) => apply(&mut builder, option, &value)
                 .map_err(|reason| CliError::Invalid { option: format!("-{name}"), reason })?,
+        }
+        if let Some(text) = builder.text {
+            return Ok(Invocation::Help(text));
         }
     }
     let config =

@@ -9,7 +9,7 @@ use serde_json::{Map, Value};
 use uuid::Uuid;
 
 use super::MAX_CPUS;
-use super::config::{ChardevBackend, Incoming, MonitorKind};
+use super::config::{ChardevBackend, Incoming, MACHINE_TYPES, MachineType, MonitorKind};
 use super::keyval::{self, Pair, parse_size, parse_switch};
 use super::resolve::{Builder, Object, ObjectKind};
 use crate::monitor::{Channel, TypedChannel};
@@ -75,7 +75,7 @@ pub(super) const OPTIONS: &[OptionSpec] = &[
         group: Group::Machine,
         help: "Set type and properties of the machine. May be repeated; later properties add to earlier ones.",
         properties: &[
-            property("type", "microvm", "the machine type; there is one"),
+            property("type", "TYPE|help", "the machine type; microvm is the newest, help lists all"),
             property("memory-backend", "ID", "the -object that is the guest's RAM"),
             property(
                 "aux-ram-share",
@@ -428,11 +428,34 @@ fn accelerator(value: &str) -> Result<(), String> {
     }
 }
 
+/// The machine type of this name; `None` for whichever fits.
+fn machine_type(name: &str) -> Result<Option<MachineType>, String> {
+    if name == MachineType::ALIAS {
+        return Ok(None);
+    }
+    MachineType::find(name).map(Some).ok_or_else(|| {
+        let (alias, known) = (MachineType::ALIAS, MachineType::known());
+        format!("machine type '{name}' is not supported (supported: {alias}, {known})")
+    })
+}
+
+/// What `-machine help` prints.
+fn machine_types() -> String {
+    let newest = MachineType::newest().name();
+    let mut out = "Supported machines are:\n".to_owned();
+    out += &format!("{:<20} alias of {newest}, the default\n", MachineType::ALIAS);
+    for known in MACHINE_TYPES.iter().rev() {
+        out += known.name();
+        out.push('\n');
+    }
+    out
+}
+
 fn machine(builder: &mut Builder, option: &OptionSpec, value: &str) -> Result<(), String> {
     for Pair { key, value } in pairs(option, value, Some("type"))? {
         match key.as_str() {
-            "type" if value == "microvm" => {}
-            "type" => return Err(format!("machine type '{value}' is not supported (supported: microvm)")),
+            "type" if value == "help" || value == "?" => builder.text = Some(machine_types()),
+            "type" => builder.machine_type = machine_type(&value)?,
             "memory-backend" => builder.memory_backend = Some(of(&key, id(&value))?),
             "aux-ram-share" => builder.aux_ram_share = of(&key, parse_switch(&value))?,
             _ => accelerator(&value)?,

@@ -24,6 +24,9 @@ type Failure = (&'static str, String);
 /// What the options said so far.
 #[derive(Debug, Default)]
 pub(super) struct Builder {
+    /// A text that was asked for instead of a machine.
+    pub(super) text: Option<String>,
+    pub(super) machine_type: Option<MachineType>,
     pub(super) memory_backend: Option<String>,
     pub(super) aux_ram_share: bool,
     pub(super) smp: Smp,
@@ -170,7 +173,7 @@ impl Builder {
             return Err(("-initrd", "makes sense with -kernel only".into()));
         }
         Ok(Config {
-            machine: MachineConfig { machine_type: MachineType::Microvm, aux_ram_share: self.aux_ram_share },
+            machine: MachineConfig { machine_type: self.machine_type, aux_ram_share: self.aux_ram_share },
             memory,
             cpus,
             boot: self.boot,

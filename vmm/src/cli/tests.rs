@@ -43,7 +43,7 @@ fn defaults() {
     assert_eq!(
         config,
         Config {
-            machine: MachineConfig { machine_type: MachineType::Microvm, aux_ram_share: false },
+            machine: MachineConfig { machine_type: None, aux_ram_share: false },
             memory: MemoryConfig {
                 id: "microvm.ram".into(),
                 size_bytes: 128 << 20,
@@ -96,7 +96,7 @@ fn every_option_at_once() {
     assert_eq!(
         config,
         Config {
-            machine: MachineConfig { machine_type: MachineType::Microvm, aux_ram_share: false },
+            machine: MachineConfig { machine_type: None, aux_ram_share: false },
             memory: MemoryConfig {
                 id: "m".into(),
                 size_bytes: 1 << 30,
@@ -269,7 +269,11 @@ fn mistakes_are_named() {
         ("-", "-: unknown option"),
         ("-m", "-m: a value must follow (-m [size=]SIZE)"),
         ("-M foo=1", "-M: unknown property 'foo' (known: type, memory-backend, aux-ram-share, accel)"),
-        ("-machine q35", "-machine: machine type 'q35' is not supported (supported: microvm)"),
+        ("-machine q35", "-machine: machine type 'q35' is not supported (supported: microvm, microvm-0.1)"),
+        (
+            "-M microvm-0.2",
+            "-M: machine type 'microvm-0.2' is not supported (supported: microvm, microvm-0.1)",
+        ),
         ("-machine aux-ram-share=maybe", "-machine: property 'aux-ram-share': 'maybe' is neither on nor off"),
         ("-machine memory-backend=x", "-machine: unknown memory backend 'x' (known: none)"),
         ("-machine accel=tcg", "-machine: accelerator 'tcg' is not supported (supported: kvm)"),
@@ -380,6 +384,23 @@ fn help_and_version() {
     for line in ["-h", "-help", "--help", "--h"] {
         let Ok(Invocation::Help(text)) = invoke(line) else { panic!("{line}") };
         assert_eq!(text, help::text());
+    }
+}
+
+#[test]
+fn machine_types_have_versions_and_an_alias() {
+    let of = |line| config(line).machine.machine_type.map(MachineType::name);
+    assert_eq!(of(""), None);
+    assert_eq!(of("-M microvm"), None);
+    assert_eq!(of("-M microvm-0.1"), Some("microvm-0.1"));
+    assert_eq!(of("-machine microvm-0.1 -machine type=microvm"), None);
+    assert_eq!(config("-M microvm").machine.machine_type(), MachineType::newest());
+    for line in ["-M help", "-machine type=? -nonsense"] {
+        let Ok(Invocation::Help(text)) = invoke(line) else { panic!("{line}") };
+        assert_eq!(
+            text,
+            "Supported machines are:\nmicrovm              alias of microvm-0.1, the default\nmicrovm-0.1\n"
+        );
     }
 }
 
