@@ -7,6 +7,7 @@
 mod console;
 mod gate;
 mod guest;
+mod machine;
 mod measure;
 pub mod process;
 mod qmp;
@@ -16,6 +17,7 @@ mod vmm;
 pub use console::{Console, Terminal, pipes};
 pub use gate::{Gate, Held};
 pub use guest::{Guest, beat_gap_us};
+pub use machine::Machine;
 pub use measure::{Meter, Through, Update, median, timeline};
 pub use qmp::{Qmp, QmpFailure};
 pub use shell::GuestShell;
