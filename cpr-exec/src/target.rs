@@ -1,7 +1,7 @@
 //! The target's half: finds the early frame through the environment, and the descriptors through the frame.
 
 use std::io;
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -64,8 +64,8 @@ pub struct ExecArrival {
 #[derive(Debug)]
 pub struct MainReader {
     memfd: Option<Arc<OwnedFd>>,
-    /// The source's end of a rendezvous, if it goes on until then.
-    live: Option<(Control, Arc<EventFd>)>,
+    /// The source's end of a rendezvous, if it goes on until then: its page, its doorbell, and its keeper.
+    live: Option<(Control, Arc<EventFd>, Option<Arc<OwnedFd>>)>,
 }
 
 /// How long a source may take to stop its guest and save it.
@@ -82,8 +82,9 @@ impl MainReader {
     pub fn open(&self, channel: MainChannel) -> Box<dyn MainSource> {
         let source = Box::new(ChannelSource { channel, memfd: self.memfd.clone() });
         match &self.live {
-            Some((control, doorbell)) => {
-                Box::new(LiveMain::new(control.clone(), doorbell.clone(), SAVED_WITHIN, source))
+            Some((control, doorbell, keeper)) => {
+                let live = LiveMain::new(control.clone(), doorbell.clone(), SAVED_WITHIN, source);
+                Box::new(keeper.iter().cloned().fold(live, LiveMain::watching))
             }
             None => source,
         }
@@ -144,7 +145,10 @@ fn take_over(state: OwnedFd) -> Result<ExecArrival, BoxError> {
         _ => None,
     };
     let live = match (process.source_goes_on, doorbell) {
-        (true, Some(doorbell)) => Some((control.clone(), doorbell)),
+        (true, Some(doorbell)) => {
+            let process = keeper.as_ref().map(|keeper| keeper.as_fd().try_clone_to_owned()).transpose()?;
+            Some((control.clone(), doorbell, process.map(Arc::new)))
+        }
         (true, None) => return Err("its doorbell is missing".into()),
         (false, _) => None,
     };
