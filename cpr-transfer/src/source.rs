@@ -68,6 +68,8 @@ struct Target {
     main: Arc<OwnedFd>,
     /// It has the descriptors: from now on it must be seen to end before the guest goes on without it.
     is_introduced: bool,
+    /// It has said why it cannot take over.
+    has_refused: bool,
     /// It was given the state, for which the guest stands still.
     has_state: bool,
     /// Doorbell, connection and process, for the host's loop.
@@ -150,7 +152,15 @@ impl CprTransfer {
             watched.push(Arc::new(fd.try_clone_to_owned()?));
         }
         let main = Arc::new(Memfd::new("cpr-main").create()?);
-        Ok(Target { process, doorbell, main, is_introduced: false, has_state: false, watched })
+        Ok(Target {
+            process,
+            doorbell,
+            main,
+            is_introduced: false,
+            has_refused: false,
+            has_state: false,
+            watched,
+        })
     }
 
     fn parts(&self) -> Result<(&Link, &Target), BoxError> {
@@ -169,7 +179,12 @@ impl CprTransfer {
                 // It can have committed meanwhile, as the last thing it did.
                 Err(PeerError::Receive(_)) if !is_ours() => {}
                 Err(PeerError::Receive(_)) => return Err("the target ended before it took over".into()),
-                Err(error) => return Err(error.into()),
+                Err(error) => {
+                    if let Some(target) = &mut self.target {
+                        target.has_refused = matches!(error, PeerError::Refused(_));
+                    }
+                    return Err(error.into());
+                }
             }
         }
         if target.process.is_exited()? && is_ours() {
@@ -298,11 +313,16 @@ impl CprMode for CprTransfer {
         })
     }
 
-    fn roll_back(&mut self, _: &Attempt<'_>) {
+    fn roll_back(&mut self, attempt: &Attempt<'_>) {
         let Some(link) = self.link.take() else { return };
         link.close();
-        // One that was not introduced has nothing, and goes back to listening.
-        if let Some(Target { process, is_introduced: true, has_state, .. }) = self.target.take() {
+        let Some(Target { process, is_introduced, has_refused, has_state, .. }) = self.target.take() else {
+            return;
+        };
+        // One that was not introduced has nothing, and goes back to listening; so does one that could not make anything of
+        // the introduction.
+        let has_nothing = !is_introduced || has_refused && attempt.control.rendezvous().progress() == 0;
+        if !has_nothing {
             end_target(&process, if has_state { ENDS_SOON } else { ENDS_WITHIN });
         }
     }

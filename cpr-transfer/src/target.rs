@@ -277,6 +277,8 @@ fn take_over(
         control: control.clone(),
         main: Arc::new(own.main),
     };
+    // From here on the source waits for the end of this process if it fails.
+    control.rendezvous().note_progress();
     Ok(TransferArrival { arrival: Arrival { mode: mode_info(), early, registry: names, control }, source })
 }
 
