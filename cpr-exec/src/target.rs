@@ -6,6 +6,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use cpr_core::error::BoxError;
+use cpr_core::fault::{self, Point};
 use cpr_core::frame::Frame;
 use cpr_core::{Arrival, Control, FdRegistry, LiveMain, MainSource, TargetPhase};
 use oslib::eventfd::EventFd;
@@ -113,6 +114,7 @@ pub fn receive() -> Result<Option<ExecArrival>, ReceiveError> {
 
 fn take_over(state: OwnedFd) -> Result<ExecArrival, BoxError> {
     let mut early = Frame::read_memfd(&state)?;
+    fault::at(Point::Receive)?;
     let process: ProcessSection = early.require(names::PROCESS_SECTION, 0)?.decode(1)?;
     let registry = FdRegistry::decode(&early.require(names::REGISTRY_SECTION, 0)?, |_, token| {
         Ok(oslib::inherited::take(i32::try_from(token)?)?)
@@ -157,6 +159,7 @@ fn take_over(state: OwnedFd) -> Result<ExecArrival, BoxError> {
     for name in names::OWN {
         registry.delete(name, 0);
     }
+    fault::at(Point::Received)?;
     Ok(ExecArrival {
         source: MainReader { memfd, live },
         arrival: Arrival { mode: mode_info(), early, registry, control },

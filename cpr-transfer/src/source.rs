@@ -10,6 +10,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use cpr_core::error::BoxError;
+use cpr_core::fault::{self, Point};
 use cpr_core::frame::sealed_memfd;
 use cpr_core::ownership::Owner;
 use cpr_core::{
@@ -263,7 +264,8 @@ impl CprMode for CprTransfer {
             Ok(Some(sent.len() as u64 - 1))
         })?;
         early.put(REGISTRY_SECTION, 0, 1, table)?;
-        let early = sealed_memfd("cpr-early", &early.finish(attempt.control.epoch()))?;
+        let early = fault::pass(Point::EarlyFrame, early.finish(attempt.control.epoch()))?;
+        let early = sealed_memfd("cpr-early", &early)?;
         let process = PidFd::of_self()?;
         let (link, target) = self.parts()?;
         let own = Introduction {
@@ -290,7 +292,7 @@ impl CprMode for CprTransfer {
     }
 
     fn hand_over(&mut self, attempt: &Attempt<'_>, state: StateWriter) -> Result<HandOver, BoxError> {
-        let frame = state.main.finish(attempt.control.epoch());
+        let frame = fault::pass(Point::MainFrame, state.main.finish(attempt.control.epoch()))?;
         let (_, target) = self.parts()?;
         let main = File::from(target.main.try_clone()?);
         main.write_all_at(&frame, 0).map_err(|error| format!("the state cannot be written: {error}"))?;
@@ -302,6 +304,7 @@ impl CprMode for CprTransfer {
         }
         attempt.control.timeline().stamp(Stamp::HandedOver);
         attempt.control.rendezvous().publish_state();
+        fault::at(Point::Published)?;
         self.poll_hand_over(attempt)
     }
 
