@@ -10,6 +10,7 @@
 
 use crate::control::Control;
 use crate::error::IncomingError;
+use crate::fault::{self, Point};
 use crate::frame::Frame;
 use crate::host::{GuestActivity, Host};
 use crate::mode::{MainSource, ModeInfo};
@@ -61,6 +62,7 @@ impl Incoming {
     /// The frame says nothing of an update, or says it wrongly; or a subscriber refuses, and those who were told
     /// `Adopt` have been told `Abandoned`.
     pub fn begin(services: &mut Services, mut arrival: Arrival) -> Result<Incoming, IncomingError> {
+        fault::at(Point::Adopt).map_err(IncomingError::Load)?;
         let section = arrival.early.require(UPDATE_SECTION, 0)?;
         let update: UpdateSection = section.decode(1)?;
         if update.mode != arrival.mode.id.as_str() {
@@ -131,6 +133,7 @@ impl Incoming {
     pub fn load(&mut self, host: &mut dyn Host, main: &mut dyn MainSource) -> Result<(), IncomingError> {
         let mut frame = {
             let _span = tracing::info_span!("load").entered();
+            fault::at(Point::Load).map_err(IncomingError::Read)?;
             main.read_main().map_err(IncomingError::Read)?
         };
         if frame.epoch != self.control.epoch() {
@@ -138,6 +141,7 @@ impl Incoming {
         }
         self.control.timeline().stamp(Stamp::Loaded);
         self.control.rendezvous().note_progress();
+        fault::at(Point::Loaded).map_err(IncomingError::Load)?;
         let activity: ActivitySection = frame.require(ACTIVITY_SECTION, 0)?.decode(1)?;
         self.activity = if activity.guest_running { GuestActivity::Running } else { GuestActivity::Paused };
         let _span = tracing::info_span!("restore").entered();
@@ -154,6 +158,7 @@ impl Incoming {
         }
         self.tell_all(Event::Restored)?;
         self.control.timeline().stamp(Stamp::Restored);
+        fault::at(Point::Restored).map_err(IncomingError::Load)?;
         Ok(())
     }
 
@@ -164,12 +169,14 @@ impl Incoming {
     /// committed, but the guest does not run.
     pub fn commit(&mut self, host: &mut dyn Host) -> Result<(), IncomingError> {
         let _span = tracing::info_span!("commit").entered();
+        fault::at(Point::Commit).map_err(IncomingError::Load)?;
         match self.control.ownership().commit() {
             Ok(()) => {}
             Err(Lost::To(_) | Lost::OtherAttempt) => return Err(IncomingError::RolledBack),
         }
         self.control.timeline().stamp(Stamp::Committed);
         host.resume(self.activity).map_err(IncomingError::Resume)?;
+        let _ = fault::at(Point::Committed);
         for entry in self.unclaimed(FdPolicy::MayBeRebuilt) {
             tracing::warn!("descriptor {entry} is not used by this program and was closed");
             self.services.registry.delete(&entry.name, entry.id);
@@ -190,6 +197,7 @@ impl Incoming {
     /// The keeper or source has ended: tells `Released`.
     pub fn released(&mut self) {
         let _span = tracing::info_span!("clean-up").entered();
+        let _ = fault::at(Point::Released);
         self.control.timeline().stamp(Stamp::Released);
         if let Err(error) = self.tell_all(Event::Released) {
             tracing::error!(%error, "nothing can fail any more");

@@ -43,6 +43,8 @@ pub mod control;
 #[cfg(not(loom))]
 pub mod error;
 #[cfg(not(loom))]
+pub mod fault;
+#[cfg(not(loom))]
 pub mod frame;
 #[cfg(not(loom))]
 pub mod host;

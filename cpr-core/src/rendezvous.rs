@@ -24,6 +24,7 @@ use oslib::shared::SharedWord;
 
 use crate::control::Control;
 use crate::error::BoxError;
+use crate::fault::{self, Point};
 use crate::frame::Frame;
 use crate::mode::MainSource;
 use crate::ownership::Owner;
@@ -219,6 +220,7 @@ impl LiveMain {
         let rendezvous = self.control.rendezvous();
         rendezvous.enter(TargetPhase::Ready);
         self.doorbell.signal()?;
+        fault::at(Point::Ask).map_err(std::io::Error::other)?;
         let deadline = Instant::now() + self.patience;
         while !rendezvous.is_published() {
             if self.control.ownership().owner() != Some(Owner::Source) {

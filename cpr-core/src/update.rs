@@ -22,6 +22,7 @@ use serde::{Deserialize, Serialize};
 use crate::blocker::{BlockReason, Blockers};
 use crate::control::Control;
 use crate::error::{BoxError, UpdateError};
+use crate::fault::{self, Point};
 use crate::frame::{FrameError, FrameWriter};
 use crate::host::{Backing, GuestActivity, Host, StateWriter};
 use crate::mode::{Course, CprMode, HandOver, Introduced, ModeInfo, Prepared, Properties, Wait};
@@ -226,6 +227,7 @@ impl Update {
         }
         // Before the check, which may open what nobody would undo if this failed after it.
         let control = Control::create(fresh_epoch()).map_err(UpdateError::Setup)?;
+        fault::at(Point::Check).map_err(UpdateError::Refused)?;
         mode.check().map_err(UpdateError::Refused)?;
         control.timeline().stamp(Stamp::Begin);
         Ok(Update {
@@ -315,6 +317,7 @@ impl Update {
             State::Prepare => {
                 let _span = tracing::info_span!("prepare", mode = %self.info.id).entered();
                 self.state = State::Prepare;
+                fault::at(Point::Prepare).map_err(|source| self.prepare_error(source))?;
                 let prepared = self.mode.prepare(&attempt(&self.control, &self.services));
                 self.after_prepare(
                     prepared,
@@ -334,6 +337,7 @@ impl Update {
             State::Depart => {
                 let _span = tracing::info_span!("depart").entered();
                 host.before_departure().map_err(|source| self.prepare_error(source))?;
+                fault::at(Point::Depart).map_err(|source| self.prepare_error(source))?;
                 let early = self.early_frame(host)?;
                 let mut main = FrameWriter::default();
                 main.put(ROOM_SECTION, 0, 1, vec![0; host.state_len_hint()]).map_err(save_error)?;
@@ -350,6 +354,7 @@ impl Update {
                 if self.is_committed() {
                     return Ok(Step::Finished(Outcome::HandedOver));
                 }
+                fault::at(Point::AwaitTarget).map_err(|source| self.prepare_error(source))?;
                 let prepared = self.mode.await_target(&attempt(&self.control, &self.services));
                 // Once more: the mode has drained the ring that told it.
                 if self.is_committed() {
@@ -360,6 +365,7 @@ impl Update {
             }
             State::Stop => {
                 let _span = tracing::info_span!("stop").entered();
+                fault::at(Point::Stop).map_err(UpdateError::Stop)?;
                 self.control.timeline().stamp(Stamp::StopRequested);
                 // vCPUs may have stopped since for another reason, as a reset.
                 self.control.timeline().clear(Stamp::FirstExit);
@@ -371,6 +377,7 @@ impl Update {
             }
             State::Save => {
                 let _span = tracing::info_span!("save").entered();
+                fault::at(Point::Save).map_err(UpdateError::Save)?;
                 let main = self.main_frame(host)?;
                 let early = match self.mode.course() {
                     Course::Halted => self.early_frame(host)?,
@@ -384,6 +391,7 @@ impl Update {
             }
             State::HandOver(state) => {
                 let _span = tracing::info_span!("hand-over").entered();
+                fault::at(Point::HandOver).map_err(|source| self.hand_over_error(source))?;
                 let attempt = attempt(&self.control, &self.services);
                 let next = self.mode.hand_over(&attempt, state);
                 self.after_hand_over(host, next)
@@ -438,7 +446,10 @@ impl Update {
                 self.state = State::Polling;
                 Ok(Step::Wait(wait))
             }
-            HandOver::Complete => Ok(Step::Finished(Outcome::HandedOver)),
+            HandOver::Complete => {
+                fault::at(Point::Complete).map_err(|source| self.hand_over_error(source))?;
+                Ok(Step::Finished(Outcome::HandedOver))
+            }
         }
     }
 
@@ -490,6 +501,7 @@ impl Update {
     }
 
     fn introduce(&mut self, host: &mut dyn Host, state: StateWriter) -> Result<Step, UpdateError> {
+        fault::at(Point::Introduce).map_err(|source| self.prepare_error(source))?;
         let introduced = self.mode.introduce(&attempt(&self.control, &self.services), state);
         match introduced.map_err(|source| self.prepare_error(source))? {
             Introduced::Done => {
@@ -500,6 +512,7 @@ impl Update {
                 self.control.timeline().clear(Stamp::DepartureExit);
                 self.stop_guest(host)?;
                 host.depart().map_err(|source| self.prepare_error(source))?;
+                fault::at(Point::Leave).map_err(|source| self.prepare_error(source))?;
                 host.request_terminal(action);
                 self.state = State::Leaving;
                 Ok(Step::Terminal)
@@ -529,6 +542,7 @@ impl Update {
         self.departed = true;
         self.state = State::Await;
         host.departed().map_err(|source| self.hand_over_error(source))?;
+        fault::at(Point::Arrive).map_err(|source| self.hand_over_error(source))?;
         if let Some(activity) = self.activity {
             // Only then forgotten: a guest that does not run is resumed once more by the roll back.
             host.resume(activity).map_err(|source| self.hand_over_error(source))?;

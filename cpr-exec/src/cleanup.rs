@@ -68,6 +68,18 @@ impl KeeperEnd {
     }
 }
 
+impl Drop for KeeperEnd {
+    /// Without a release it is the keeper who says what was kept of standard error; unless it is gone.
+    fn drop(&mut self) {
+        let words = self.words.get_mut().unwrap_or_else(PoisonError::into_inner).take();
+        if let Some(words) = words
+            && self.pidfd.is_exited().unwrap_or(false)
+        {
+            words.replay();
+        }
+    }
+}
+
 impl AsFd for KeeperEnd {
     /// Readable once the keeper has ended.
     fn as_fd(&self) -> BorrowedFd<'_> {

@@ -6,6 +6,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use cpr_core::error::BoxError;
+use cpr_core::fault::{self, Point};
 use cpr_core::frame::{FrameWriter, sealed_memfd};
 use cpr_core::ownership::Owner;
 use cpr_core::preflight::{Asked, Manifest};
@@ -161,7 +162,8 @@ impl CprExec {
         // Numbers are kept by exec, so a number is all that the target needs to find a descriptor again.
         let registry = attempt.registry.encode(|_, fd| Ok::<_, BoxError>(fd.as_raw_fd().try_into()?))?;
         early.put(FdRegistry::SECTION, 0, 1, registry)?;
-        let state = sealed_memfd("cpr-state", &early.finish(attempt.control.epoch()))?;
+        let early = fault::pass(Point::EarlyFrame, early.finish(attempt.control.epoch()))?;
+        let state = sealed_memfd("cpr-state", &early)?;
 
         let program = self.find_program()?;
         let exec = PreparedExec::new(
@@ -331,7 +333,7 @@ impl CprMode for CprExec {
     }
 
     fn hand_over(&mut self, attempt: &Attempt<'_>, state: StateWriter) -> Result<HandOver, BoxError> {
-        let frame = state.main.finish(attempt.control.epoch());
+        let frame = fault::pass(Point::MainFrame, state.main.finish(attempt.control.epoch()))?;
         self.channel()?.write(&frame)?;
         self.channel()?.seal()?;
         if !self.keeper {
@@ -339,6 +341,7 @@ impl CprMode for CprExec {
         }
         attempt.control.timeline().stamp(Stamp::HandedOver);
         attempt.control.rendezvous().publish_state();
+        fault::at(Point::Published)?;
         // The time that stopping and saving took is not the target's.
         self.watchdog.restart();
         self.poll_hand_over(attempt)
@@ -502,6 +505,7 @@ impl LastAct {
             oslib::stream::replace_stderr(memfd)
                 .map_err(|error| format!("standard error cannot be kept: {error}"))?;
         }
+        fault::at(Point::Terminal)?;
         self.control.timeline().stamp(Stamp::Executed);
         let error = match keeper {
             Some(keeper) => match keeper.exec(&self.exec) {

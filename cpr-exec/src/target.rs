@@ -1,11 +1,12 @@
 //! The target's half: finds the early frame through the environment, and the descriptors through the frame.
 
 use std::io;
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
 use std::time::Duration;
 
 use cpr_core::error::BoxError;
+use cpr_core::fault::{self, Point};
 use cpr_core::frame::Frame;
 use cpr_core::{Arrival, Control, FdRegistry, LiveMain, MainSource, TargetPhase};
 use oslib::eventfd::EventFd;
@@ -69,8 +70,8 @@ pub struct ExecArrival {
 #[derive(Debug)]
 pub struct MainReader {
     memfd: Option<Arc<OwnedFd>>,
-    /// The source's end of a rendezvous, if it goes on until then.
-    live: Option<(Control, Arc<EventFd>)>,
+    /// The source's end of a rendezvous, if it goes on until then: its page, its doorbell, and its keeper.
+    live: Option<(Control, Arc<EventFd>, Option<Arc<OwnedFd>>)>,
 }
 
 /// How long a source may take to stop its guest and save it.
@@ -87,8 +88,9 @@ impl MainReader {
     pub fn open(&self, channel: MainChannel) -> Box<dyn MainSource> {
         let source = Box::new(ChannelSource { channel, memfd: self.memfd.clone() });
         match &self.live {
-            Some((control, doorbell)) => {
-                Box::new(LiveMain::new(control.clone(), doorbell.clone(), SAVED_WITHIN, source))
+            Some((control, doorbell, keeper)) => {
+                let live = LiveMain::new(control.clone(), doorbell.clone(), SAVED_WITHIN, source);
+                Box::new(keeper.iter().cloned().fold(live, LiveMain::watching))
             }
             None => source,
         }
@@ -121,6 +123,7 @@ pub fn receive() -> Result<Option<ExecArrival>, ReceiveError> {
 
 fn take_over(state: OwnedFd) -> Result<ExecArrival, BoxError> {
     let mut early = Frame::read_memfd(&state)?;
+    fault::at(Point::Receive)?;
     let process: ProcessSection = early.require(names::PROCESS_SECTION, 0)?.decode(1)?;
     let registry = FdRegistry::decode(&early.require(FdRegistry::SECTION, 0)?, |_, token| {
         Ok(oslib::inherited::take(i32::try_from(token)?)?)
@@ -153,7 +156,10 @@ fn take_over(state: OwnedFd) -> Result<ExecArrival, BoxError> {
         _ => None,
     };
     let live = match (process.source_goes_on, doorbell) {
-        (true, Some(doorbell)) => Some((control.clone(), doorbell)),
+        (true, Some(doorbell)) => {
+            let process = keeper.as_ref().map(|keeper| keeper.as_fd().try_clone_to_owned()).transpose()?;
+            Some((control.clone(), doorbell, process.map(Arc::new)))
+        }
         (true, None) => return Err("its doorbell is missing".into()),
         (false, _) => None,
     };
@@ -162,6 +168,7 @@ fn take_over(state: OwnedFd) -> Result<ExecArrival, BoxError> {
     for name in names::OWN {
         registry.delete(name, 0);
     }
+    fault::at(Point::Received)?;
     Ok(ExecArrival {
         source: MainReader { memfd, live },
         arrival: Arrival { mode: mode_info(), early, registry, control },

@@ -312,6 +312,20 @@ fn the_state_of_a_source_that_goes_on_is_asked_for_and_waited_for() {
 }
 
 #[test]
+fn a_keeper_that_ends_ends_the_wait() {
+    let (crafted, doorbell) = crafted_by_a_source_that_goes_on();
+    let mut keeper = Command::new("sleep").arg("1000").spawn().unwrap();
+    crafted.control.set_keeper_pid(Some(keeper.id()));
+    let process = crafted.start();
+    assert!(doorbell.wait(LIMIT).unwrap());
+    keeper.kill().unwrap();
+    keeper.wait().unwrap();
+    let (status, stdout, stderr) = process.end();
+    assert_eq!((status.code(), stdout.as_str()), (Some(1), ""));
+    assert_eq!(stderr, "echo: the state could not be read: the source ended before it gave the state\n");
+}
+
+#[test]
 fn a_source_that_takes_the_guest_back_ends_the_wait() {
     let (crafted, doorbell) = crafted_by_a_source_that_goes_on();
     let process = crafted.start();

@@ -25,7 +25,7 @@
 //! - Target: a [`Listener`], polled by the program's own loop, gives a [`TransferArrival`].
 //!
 //! Either side accepts a peer of its own user, or of root, and nobody else. A peer that says nothing, or something else,
-//! is given up within a time limit; until the introduction is complete the target goes back to listening.
+//! is given up within a time limit; until it has taken the introduction the target goes back to listening.
 
 mod protocol;
 mod source;

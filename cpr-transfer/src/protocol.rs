@@ -17,6 +17,7 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::time::Duration;
 
+use cpr_core::fault::{self, Point};
 use oslib::pidfd::PidFd;
 use oslib::scm::{self, Limits, Message, RecvError};
 use oslib::{process, uds};
@@ -121,7 +122,9 @@ impl Link {
 
     pub(crate) fn hello(&self, pidfd: Option<&PidFd>) -> io::Result<()> {
         let fds: Vec<BorrowedFd<'_>> = pidfd.iter().map(|pidfd| pidfd.as_fd()).collect();
-        self.send(HELLO, &VERSION.to_le_bytes(), &fds)
+        let point = if fds.is_empty() { Point::Hello } else { Point::Greet };
+        let version = fault::pass(point, VERSION.to_le_bytes().into()).map_err(io::Error::other)?;
+        self.send(HELLO, &version, &fds)
     }
 
     pub(crate) fn show(&self, manifest: &OwnedFd) -> io::Result<()> {
@@ -140,7 +143,8 @@ impl Link {
         let mut fds = vec![own.early, own.control, own.main, own.doorbell, own.process];
         fds.extend(registry.iter().map(AsFd::as_fd));
         let count = u32::try_from(registry.len()).map_err(io::Error::other)?;
-        self.send(INTRODUCTION, &count.to_le_bytes(), &fds)
+        let count = fault::pass(Point::Introduction, count.to_le_bytes().into()).map_err(io::Error::other)?;
+        self.send(INTRODUCTION, &count, &fds)
     }
 
     pub(crate) fn refuse(&self, reason: &str) -> io::Result<()> {

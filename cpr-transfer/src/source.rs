@@ -10,6 +10,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use cpr_core::error::BoxError;
+use cpr_core::fault::{self, Point};
 use cpr_core::frame::{Frame, FrameWriter, sealed_memfd};
 use cpr_core::ownership::{Epoch, Owner};
 use cpr_core::preflight::{Asked, Manifest, Verdict};
@@ -71,6 +72,8 @@ struct Target {
     main: Arc<OwnedFd>,
     /// It has the descriptors: from now on it must be seen to end before the guest goes on without it.
     is_introduced: bool,
+    /// It has said why it cannot take over.
+    has_refused: bool,
     /// It was given the state, for which the guest stands still.
     has_state: bool,
     /// Doorbell, connection and process, for the host's loop.
@@ -154,7 +157,15 @@ impl CprTransfer {
             watched.push(Arc::new(fd.try_clone_to_owned()?));
         }
         let main = Arc::new(Memfd::new("cpr-main").create()?);
-        Ok(Target { process, doorbell, main, is_introduced: false, has_state: false, watched })
+        Ok(Target {
+            process,
+            doorbell,
+            main,
+            is_introduced: false,
+            has_refused: false,
+            has_state: false,
+            watched,
+        })
     }
 
     /// Finds the target and exchanges greetings with it, once. What is to be waited for before it is called again.
@@ -212,7 +223,12 @@ impl CprTransfer {
                 // It can have committed meanwhile, as the last thing it did.
                 Err(PeerError::Receive(_)) if !is_ours() => {}
                 Err(PeerError::Receive(_)) => return Err("the target ended before it took over".into()),
-                Err(error) => return Err(error.into()),
+                Err(error) => {
+                    if let Some(target) = &mut self.target {
+                        target.has_refused = matches!(error, PeerError::Refused(_));
+                    }
+                    return Err(error.into());
+                }
             }
         }
         if target.process.is_exited()? && is_ours() {
@@ -300,7 +316,8 @@ impl CprMode for CprTransfer {
             Ok(Some(sent.len() as u64 - 1))
         })?;
         early.put(FdRegistry::SECTION, 0, 1, table)?;
-        let early = sealed_memfd("cpr-early", &early.finish(attempt.control.epoch()))?;
+        let early = fault::pass(Point::EarlyFrame, early.finish(attempt.control.epoch()))?;
+        let early = sealed_memfd("cpr-early", &early)?;
         let process = PidFd::of_self()?;
         let (link, target) = self.parts()?;
         let own = Introduction {
@@ -327,7 +344,7 @@ impl CprMode for CprTransfer {
     }
 
     fn hand_over(&mut self, attempt: &Attempt<'_>, state: StateWriter) -> Result<HandOver, BoxError> {
-        let frame = state.main.finish(attempt.control.epoch());
+        let frame = fault::pass(Point::MainFrame, state.main.finish(attempt.control.epoch()))?;
         let (_, target) = self.parts()?;
         let main = File::from(target.main.try_clone()?);
         main.write_all_at(&frame, 0).map_err(|error| format!("the state cannot be written: {error}"))?;
@@ -339,6 +356,7 @@ impl CprMode for CprTransfer {
         }
         attempt.control.timeline().stamp(Stamp::HandedOver);
         attempt.control.rendezvous().publish_state();
+        fault::at(Point::Published)?;
         self.poll_hand_over(attempt)
     }
 
@@ -350,11 +368,16 @@ impl CprMode for CprTransfer {
         })
     }
 
-    fn roll_back(&mut self, _: &Attempt<'_>) {
+    fn roll_back(&mut self, attempt: &Attempt<'_>) {
         let Some(link) = self.link.take() else { return };
         link.close();
-        // One that was not introduced has nothing, and goes back to listening.
-        if let Some(Target { process, is_introduced: true, has_state, .. }) = self.target.take() {
+        let Some(Target { process, is_introduced, has_refused, has_state, .. }) = self.target.take() else {
+            return;
+        };
+        // One that was not introduced has nothing, and goes back to listening; so does one that could not make anything of
+        // the introduction.
+        let has_nothing = !is_introduced || has_refused && attempt.control.rendezvous().progress() == 0;
+        if !has_nothing {
             end_target(&process, if has_state { ENDS_SOON } else { ENDS_WITHIN });
         }
     }

@@ -7,6 +7,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use cpr_core::error::BoxError;
+use cpr_core::fault::{self, Point};
 use cpr_core::frame::{Frame, FrameWriter, sealed_memfd};
 use cpr_core::ownership::Owner;
 use cpr_core::preflight::{Manifest, SectionCatalogue, Verdict};
@@ -303,6 +304,7 @@ fn take_over(
     registry: Vec<OwnedFd>,
 ) -> Result<TransferArrival, BoxError> {
     let mut early = Frame::read_memfd(&own.early)?;
+    fault::at(Point::Receive)?;
     let table = early.require(FdRegistry::SECTION, 0)?;
     let mut registry: Vec<Option<OwnedFd>> = registry.into_iter().map(Some).collect();
     let names = FdRegistry::decode(&table, |_, token| {
@@ -323,6 +325,9 @@ fn take_over(
         control: control.clone(),
         main: Arc::new(own.main),
     };
+    fault::at(Point::Received)?;
+    // From here on the source waits for the end of this process if it fails.
+    control.rendezvous().note_progress();
     Ok(TransferArrival { arrival: Arrival { mode: mode_info(), early, registry: names, control }, source })
 }
 

@@ -267,6 +267,11 @@ impl Vmm {
         self.pid
     }
 
+    /// How many vCPUs it has.
+    pub fn cpus(&self) -> u8 {
+        self.cpus
+    }
+
     /// A path in the VM's own folder, which is its working directory.
     pub fn path(&self, name: &str) -> PathBuf {
         self.dir.path().join(name)

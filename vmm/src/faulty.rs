@@ -1,5 +1,5 @@
 //! `cpr-vmm` for tests that show what other tests are worth: built with the feature `fault-injection`, it leaves out the
-//! steps of a restore that its environment names, or fails as a target the way it says. Apart from that it is the program of `main.rs`.
+//! steps of a restore that its environment names, or makes an update fail. Apart from that it is the program of `main.rs`.
 
 pub mod app;
 pub mod arriving;
@@ -7,8 +7,6 @@ pub mod chardev;
 pub mod cli;
 pub mod errors;
 pub mod event_loop;
-#[cfg(feature = "fault-injection")]
-pub mod fault;
 pub mod formats;
 pub mod migration;
 pub mod monitor;

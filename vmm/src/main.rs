@@ -9,8 +9,6 @@ pub mod chardev;
 pub mod cli;
 pub mod errors;
 pub mod event_loop;
-#[cfg(feature = "fault-injection")]
-pub mod fault;
 pub mod formats;
 pub mod migration;
 pub mod monitor;

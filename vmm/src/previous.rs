@@ -8,8 +8,6 @@ pub mod chardev;
 pub mod cli;
 pub mod errors;
 pub mod event_loop;
-#[cfg(feature = "fault-injection")]
-pub mod fault;
 #[path = "formats_previous.rs"]
 pub mod formats;
 pub mod migration;

@@ -13,6 +13,7 @@ use std::process::ExitCode;
 use std::sync::Arc;
 
 use anyhow::{Context, bail};
+use cpr_core::fault::{self, Point};
 use cpr_core::ownership::Owner;
 use cpr_core::{Control, FdKind, FdPolicy, FdRegistry, Incoming, Services, Stamp};
 use cpr_exec::ExecArrival;
@@ -353,8 +354,7 @@ fn build(
             // The guest runs meanwhile, so everything that can be done now is.
             hardware.complete(&cpuid, control)?;
         }
-        #[cfg(feature = "fault-injection")]
-        crate::fault::strike("built", failure.is_some());
+        fault::at(Point::Built).map_err(|error| anyhow::anyhow!(error))?;
         control.timeline().stamp(Stamp::Built);
     }
     let is_target = arriving.is_some() || listening.is_some() || in_storage;

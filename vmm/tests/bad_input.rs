@@ -2,6 +2,7 @@
 //! the exec leaves the guest running as before, and the next good update works.
 
 use std::fs;
+use std::ops::{Deref, DerefMut};
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::{FileExt, PermissionsExt, symlink};
 use std::path::{Path, PathBuf};
@@ -10,38 +11,45 @@ use anyhow::ensure;
 use cpr_core::frame::{Frame, FrameWriter, HEADER_LEN};
 use oslib::{cloexec, memfd::Memfd};
 use serde_json::{Value, json};
-use testkit::{Guest, PATIENCE, Vmm, VmmBuilder, need_kvm, process, wait_for};
+use testkit::{Machine, PATIENCE, VmmBuilder, need_kvm, process, wait_for};
 
-/// A VM whose guest holds a pattern.
-struct Machine {
-    vmm: Vmm,
-    guest: Guest,
+/// A machine that must come to no harm.
+struct Tried {
+    machine: Machine,
     /// What the program was started with.
     inherited: Vec<String>,
     /// Good updates that it has been through when something goes wrong.
     updates_before: u64,
 }
 
-const PATTERN_BYTES: u64 = 4 << 20;
+impl Deref for Tried {
+    type Target = Machine;
+
+    fn deref(&self) -> &Machine {
+        &self.machine
+    }
+}
+
+impl DerefMut for Tried {
+    fn deref_mut(&mut self) -> &mut Machine {
+        &mut self.machine
+    }
+}
 
 fn words(command: &[&str]) -> Vec<String> {
     command.iter().map(ToString::to_string).collect()
 }
 
-impl Machine {
-    fn start() -> anyhow::Result<Machine> {
-        Machine::of(VmmBuilder::new())
+impl Tried {
+    fn start() -> anyhow::Result<Tried> {
+        Tried::of(VmmBuilder::new())
     }
 
-    fn of(builder: VmmBuilder) -> anyhow::Result<Machine> {
-        let mut vmm = builder.start()?;
-        let guest = vmm.guest()?;
-        guest.fill(PATTERN_BYTES, 5)?;
-        let events = json!([{ "capability": "events", "state": true }]);
-        vmm.qmp().execute("migrate-set-capabilities", json!({ "capabilities": events }))?;
-        let inherited = inheritable(vmm.pid())?;
+    fn of(builder: VmmBuilder) -> anyhow::Result<Tried> {
+        let machine = Machine::start(builder)?;
+        let inherited = inheritable(machine.vmm.pid())?;
         assert!(inherited.iter().all(|fd| !fd.contains("kvm") && !fd.contains("ram0")), "{inherited:?}");
-        Ok(Machine { vmm, guest, inherited, updates_before: 0 })
+        Ok(Tried { machine, inherited, updates_before: 0 })
     }
 
     fn path(&self, name: &str) -> String {
@@ -81,15 +89,6 @@ impl Machine {
         Ok((events.iter().map(brief).collect(), error))
     }
 
-    /// Waits until the update has failed; gives the error in `query-migrate`.
-    fn has_failed(&mut self) -> anyhow::Result<String> {
-        let info = wait_for("the failure", PATIENCE, || {
-            let info = self.vmm.qmp().execute("query-migrate", json!({})).ok()?;
-            (info["status"] == "failed").then_some(info)
-        })?;
-        Ok(info["error-desc"].as_str().unwrap_or_default().to_owned())
-    }
-
     /// The guest runs, and no child would inherit what it should not.
     fn runs_well(&mut self) -> anyhow::Result<()> {
         assert_eq!(self.vmm.status()?, "running");
@@ -113,9 +112,9 @@ impl Machine {
         let info = self.vmm.update()?;
         assert_eq!(info["cpr"]["generation"], self.updates_before + 1, "what failed is not counted");
         self.guest.beats_on(0)?;
-        self.guest.verify(PATTERN_BYTES, 5)?;
+        self.verify()?;
         self.runs_well()?;
-        self.vmm.quit()
+        self.machine.vmm.quit()
     }
 }
 
@@ -140,7 +139,7 @@ fn inheritable(pid: u32) -> anyhow::Result<Vec<String>> {
 #[test]
 fn a_program_that_cannot_be_executed_is_refused_before_anything_is_touched() -> anyhow::Result<()> {
     need_kvm!();
-    let mut machine = Machine::start()?;
+    let mut machine = Tried::start()?;
     let plain = machine.file("plain", "", 0o644)?;
     let folder = machine.path("folder");
     fs::create_dir(&folder)?;
@@ -170,7 +169,7 @@ fn a_program_that_cannot_be_executed_is_refused_before_anything_is_touched() -> 
 #[test]
 fn a_mode_that_is_not_there_is_refused() -> anyhow::Result<()> {
     need_kvm!();
-    let mut machine = Machine::start()?;
+    let mut machine = Tried::start()?;
     // None was set.
     let command = machine.vmm.exec_command("memfd:");
     machine.vmm.qmp().execute("migrate-set-parameters", json!({ "cpr-exec-command": command }))?;
@@ -190,7 +189,7 @@ fn a_mode_that_is_not_there_is_refused() -> anyhow::Result<()> {
 #[test]
 fn a_channel_that_is_none_is_refused() -> anyhow::Result<()> {
     need_kvm!();
-    let mut machine = Machine::start()?;
+    let mut machine = Tried::start()?;
     let command = machine.vmm.exec_command("memfd:");
     machine.vmm.set_exec(&command)?;
     let folder = machine.path("");
@@ -249,8 +248,8 @@ const FAILED_AT_EXEC: [&str; 7] = ["setup", "active", "STOP", "device", "complet
 #[test]
 fn an_exec_that_fails_gives_the_guest_back() -> anyhow::Result<()> {
     need_kvm!();
-    let mut machine = Machine::start()?;
-    let descriptors = |machine: &Machine| -> anyhow::Result<Vec<String>> {
+    let mut machine = Tried::start()?;
+    let descriptors = |machine: &Tried| -> anyhow::Result<Vec<String>> {
         let mut found = process::Census::of(machine.vmm.pid())?.descriptors;
         // The page that the report of the last attempt is read from.
         found.retain(|what| !what.starts_with("/memfd:cpr-control"));
@@ -271,7 +270,7 @@ fn an_exec_that_fails_gives_the_guest_back() -> anyhow::Result<()> {
         }
     }
     assert_eq!(descriptors(&machine)?, before);
-    machine.guest.verify(PATTERN_BYTES, 5)?;
+    machine.verify()?;
 
     // A guest that stood still stands still afterwards.
     machine.vmm.qmp().execute("stop", json!({}))?;
@@ -291,7 +290,7 @@ fn an_exec_that_fails_gives_the_guest_back() -> anyhow::Result<()> {
 #[test]
 fn a_full_disk_gives_the_guest_back() -> anyhow::Result<()> {
     need_kvm!();
-    let mut machine = Machine::start()?;
+    let mut machine = Tried::start()?;
     let command = machine.vmm.exec_command("file:/dev/full");
     machine.vmm.set_exec(&command)?;
     let (events, error) = machine.fails("file:/dev/full")?;
@@ -304,7 +303,7 @@ fn a_full_disk_gives_the_guest_back() -> anyhow::Result<()> {
 #[test]
 fn a_second_migrate_is_refused_while_the_first_is_under_way() -> anyhow::Result<()> {
     need_kvm!();
-    let mut machine = Machine::start()?;
+    let mut machine = Tried::start()?;
     let command = machine.vmm.exec_command("memfd:");
     machine.vmm.set_exec(&command)?;
     let migrate = |id: u64| {
@@ -324,12 +323,12 @@ fn a_second_migrate_is_refused_while_the_first_is_under_way() -> anyhow::Result<
     let info = machine.vmm.qmp().execute("query-migrate", json!({}))?;
     assert_eq!(info["cpr"]["generation"], 1);
     machine.runs_well()?;
-    machine.vmm.quit()
+    machine.machine.vmm.quit()
 }
 
 /// Brings a machine to the point where its new program waits for the state in `vm.state`.
-fn at_the_door(builder: VmmBuilder) -> anyhow::Result<Machine> {
-    let mut machine = Machine::of(builder)?;
+fn at_the_door(builder: VmmBuilder) -> anyhow::Result<Tried> {
+    let mut machine = Tried::of(builder)?;
     // Leaves a whole state behind: that of the update to come is written at the last moment.
     machine.vmm.update_by_file()?;
     machine.updates_before = 1;
@@ -341,7 +340,7 @@ fn at_the_door(builder: VmmBuilder) -> anyhow::Result<Machine> {
 }
 
 /// The state of the update before, as if it were of this one.
-fn copy(machine: &Machine) -> anyhow::Result<PathBuf> {
+fn copy(machine: &Tried) -> anyhow::Result<PathBuf> {
     let copy = machine.vmm.path("vm.copy");
     fs::copy(machine.vmm.path("state1"), &copy)?;
     let epoch = Frame::parse(&fs::read(machine.vmm.path("vm.state"))?)?.epoch;
@@ -351,7 +350,7 @@ fn copy(machine: &Machine) -> anyhow::Result<PathBuf> {
 
 /// Loading `uri` must fail, with the error for the client; then the old program has the guest again, in the same process,
 /// tells the error as the update's, and can be updated.
-fn is_turned_away(mut machine: Machine, uri: &str, needles: &[&str]) -> anyhow::Result<()> {
+fn is_turned_away(mut machine: Tried, uri: &str, needles: &[&str]) -> anyhow::Result<()> {
     let refusal = machine.vmm.qmp().refused("migrate-incoming", json!({ "uri": uri }))?;
     for needle in needles {
         ensure!(refusal.desc.contains(needle), "{needle:?} is not in {refusal}");
@@ -511,7 +510,7 @@ fn a_command_line_of_another_machine_is_named() -> anyhow::Result<()> {
         ),
     ];
     for (edit, early, late) in cases {
-        let mut machine = Machine::start()?;
+        let mut machine = Tried::start()?;
         let command = edit(machine.vmm.exec_command("memfd:"));
         machine.vmm.set_exec(&command)?;
         for (policy, needles) in [("require", early), ("off", late)] {

@@ -300,13 +300,14 @@ fn a_target_of_cpr_transfer_that_refuses_or_is_killed_has_touched_nothing() -> a
     Ok(())
 }
 
-/// What a target does to itself at the last moment before the commit; see `src/fault.rs`.
+/// What a target does to itself at the last moment before the commit.
 #[cfg(feature = "fault-injection")]
 mod faults {
+    use cpr_core::fault::VARIABLE;
+
     use super::*;
 
-    const VARIABLE: &str = "CPR_TEST_TARGET_FAILS";
-    const LATEST: &str = "kill@loaded";
+    const LATEST: &str = "kill@commit";
 
     #[test]
     fn a_target_of_cpr_exec_that_is_killed_before_the_commit_has_touched_nothing() -> anyhow::Result<()> {

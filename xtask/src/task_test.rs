@@ -18,7 +18,7 @@ use crate::tools::{Paint, cargo, kvm_obstacle, release_binary, run, workspace};
 /// The integration test of `vmm` that is written for the lab.
 const LAB_TEST: &str = "lab_linux";
 
-/// What the feature `fault-injection` of vmm-core puts into a binary: the start of its variables' names.
+/// What the feature `fault-injection` puts into a binary: the start of its variables' names.
 const FAULT_MARK: &[u8] = b"CPR_TEST_";
 
 /// Arguments of `cargo xtask test`.
@@ -68,7 +68,7 @@ pub(crate) fn test(arguments: &TestArgs) -> Result<bool> {
         release_has_no_faults(&mut tally)?;
         lab_lane(arguments.no_lab, &mut tally)?;
     } else {
-        for lane in ["model", "targets that fail", "updates between releases", "release binary", "lab"] {
+        for lane in ["model", "updates that fail", "updates between releases", "release binary", "lab"] {
             tally.skip(lane, "filters given");
         }
     }
@@ -173,15 +173,24 @@ fn model(tally: &mut Tally) -> Result<()> {
     libtest("model", &mut command, tally)
 }
 
-/// Targets that panic, crash and hang on purpose.
+/// Updates that fail on purpose, at every point.
 fn faults(tally: &mut Tally) -> Result<()> {
-    title("targets that fail (fault-injection)");
-    let mut command = cargo();
-    command.args(["test", "-p", "vmm", "--features", "fault-injection"]);
-    command.args(["--test", "fallback", "--test", "passive"]);
+    title("updates that fail (fault-injection)");
     // Or the other tests would find a program with faults in their folder.
-    command.arg("--target-dir").arg(target_folder()?.join("faults"));
-    libtest("targets that fail", &mut command, tally)
+    let target = target_folder()?.join("faults");
+    let matrix = target.join("fault-matrix.md");
+    let _ = std::fs::remove_file(&matrix);
+    let mut command = cargo();
+    command.args(["test", "-p", "vmm", "--features", "fault-injection", "--no-fail-fast"]);
+    command.args(["--test", "fallback", "--test", "passive", "--test", "fault_matrix"]);
+    command.arg("--target-dir").arg(&target);
+    // The guests of the tests keep every CPU busy that they get.
+    command.env("RUST_TEST_THREADS", "2");
+    libtest("updates that fail", &mut command, tally)?;
+    if let Ok(table) = std::fs::read_to_string(&matrix) {
+        println!("{table}");
+    }
+    Ok(())
 }
 
 /// Updates from and to a program that writes the state as the release before did.

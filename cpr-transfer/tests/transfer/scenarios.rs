@@ -30,6 +30,7 @@ const SCENARIOS: &[(&str, fn())] = &[
     ("a_target_that_refuses_beforehand_waits_on", a_target_that_refuses_beforehand_waits_on),
     ("peers_that_give_no_verdict", peers_that_give_no_verdict),
     ("peers_that_are_no_targets", peers_that_are_no_targets),
+    ("a_target_that_has_nothing_is_left_alone", a_target_that_has_nothing_is_left_alone),
     ("peers_that_are_no_sources", peers_that_are_no_sources),
     ("paths", paths),
     ("users", users),
@@ -234,6 +235,21 @@ fn peers_that_are_no_targets() {
     with(&mut machine, |peer| peer.shutdown(std::net::Shutdown::Both).unwrap(), "closed the connection");
     // Half a message, and no more.
     with(&mut machine, |mut peer| drop(std::io::Write::write_all(&mut peer, b"CPRS")), "cannot receive");
+}
+
+/// It could not read the introduction, and waits for another source.
+fn a_target_that_has_nothing_is_left_alone() {
+    let mut target = std::process::Command::new("sleep").arg("1000").spawn().unwrap();
+    let process = PidFd::open(target.id()).unwrap();
+    let (path, _folder, thread) = answering(move |peer| {
+        say(peer, b"HELO", 1, &[process.as_fd()]);
+        say(peer, b"NOPE", u32::from_le_bytes(*b"what"), &[]);
+    });
+    fails(&mut Machine::create(0), &path, "the target refuses: what");
+    thread.join().unwrap();
+    assert_eq!(target.try_wait().unwrap(), None, "it was ended");
+    target.kill().unwrap();
+    target.wait().unwrap();
 }
 
 fn peers_that_are_no_sources() {

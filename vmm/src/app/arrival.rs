@@ -7,6 +7,7 @@ use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 
+use cpr_core::fault::{self, Point};
 use cpr_core::{Incoming, Stamp};
 use cpr_transfer::{Endpoint, SourceEnd, TransferArrival};
 
@@ -128,6 +129,7 @@ impl App {
         let hardware = ram.into_hardware(&parts.config, output, parts.observer.clone())?;
         hardware.complete(&cpuid, &control)?;
         hardware.populate(&control)?;
+        fault::at(Point::Built).map_err(|error| anyhow::anyhow!(error))?;
         control.timeline().stamp(Stamp::Built);
         Ok(hardware)
     }

@@ -500,8 +500,6 @@ impl App {
         let result = arriving.main(channel).map_err(|error| IncomingError::Read(error.into()));
         let result = result.and_then(|mut main| arriving.incoming.load(self, &mut *main));
         let result = result.and_then(|()| {
-            #[cfg(feature = "fault-injection")]
-            crate::fault::strike("loaded", arriving.failure().is_some());
             let vcpus = self.parts.config.cpus.into();
             self.progress.control = Some(arriving.incoming.control().clone());
             if arriving.incoming.activity() == GuestActivity::Running {

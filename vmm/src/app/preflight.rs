@@ -392,8 +392,8 @@ mod tests {
         let verdict = judge([Ok(()), Err(anyhow::anyhow!("no room"))]);
         assert_eq!(verdict, Verdict::Refused(vec!["no room".into()]));
         let names: Vec<_> = manifest.sections.iter().map(|section| section.name.as_str()).collect();
-        assert_eq!(names.iter().filter(|name| **name == VCPU).count(), 3);
-        assert!(!names.contains(&SERIAL_INPUT));
+        assert_eq!(names.iter().filter(|name| **name == VcpuState::NAME).count(), 3);
+        assert!(!names.contains(&SerialInput::NAME));
         assert_eq!(manifest_of(&config, true).sections.len(), manifest_of(&config, false).sections.len() + 1);
     }
 
