@@ -124,6 +124,7 @@ targets!(
     command_line,
     hmp,
     machine,
+    manifest,
     monitors,
     outside,
     platform,
@@ -135,6 +136,7 @@ targets!(
     state_frame_written,
     update,
     vcpu,
+    verdict,
     vm
 );
 
