@@ -29,11 +29,55 @@ pub struct Streams<'a> {
 }
 
 /// A child process, the leader of a process group of its own. Dropping it [ends](Spawned::end) the group.
+///
+/// A program that ignores SIGCHLD stops doing so until then, or the kernel would reap the child, and its number could be
+/// somebody else's. Have one at a time there.
 #[derive(Debug)]
 pub struct Spawned {
     pid: libc::pid_t,
     process: PidFd,
     is_reaped: bool,
+    _unreaped: Unreaped,
+}
+
+/// The kernel leaves children to this process.
+struct Unreaped {
+    /// What SIGCHLD did before, if that was to have the kernel reap.
+    before: Option<libc::sigaction>,
+}
+
+impl Unreaped {
+    fn new() -> io::Result<Unreaped> {
+        let mut before = MaybeUninit::<libc::sigaction>::uninit();
+        // SAFETY: a null pointer changes nothing, and the call fills the other structure.
+        let before = unsafe {
+            Errno::result(libc::sigaction(libc::SIGCHLD, std::ptr::null(), before.as_mut_ptr()))?;
+            before.assume_init()
+        };
+        if before.sa_sigaction != libc::SIG_IGN {
+            return Ok(Unreaped { before: None });
+        }
+        let mut default = before;
+        default.sa_sigaction = libc::SIG_DFL;
+        // SAFETY: the structure is initialised, and installs no handler.
+        Errno::result(unsafe { libc::sigaction(libc::SIGCHLD, &raw const default, std::ptr::null_mut()) })?;
+        Ok(Unreaped { before: Some(before) })
+    }
+}
+
+impl Drop for Unreaped {
+    fn drop(&mut self) {
+        if let Some(before) = &self.before {
+            // SAFETY: the structure is what the kernel gave, and installs no handler.
+            unsafe { libc::sigaction(libc::SIGCHLD, before, std::ptr::null_mut()) };
+        }
+    }
+}
+
+impl std::fmt::Debug for Unreaped {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Unreaped").field("ignored", &self.before.is_some()).finish()
+    }
 }
 
 /// How long a killed process may take to end.
@@ -66,6 +110,7 @@ pub fn spawn(
         actions.duplicate(*fd, fd.as_raw_fd())?;
     }
     let attributes = Attributes::new(mask)?;
+    let unreaped = Unreaped::new()?;
     let mut pid = 0;
     // SAFETY: actions and attributes are initialised; path and arrays are those of `exec`, made for execve(2), which outlives
     // the call.
@@ -79,9 +124,15 @@ pub fn spawn(
             environment.as_ptr().cast(),
         )
     })?;
-    // Nobody else reaps it, so the number is still its own.
-    let process = PidFd::open(pid.cast_unsigned())?;
-    Ok(Spawned { pid, process, is_reaped: false })
+    // Not reaped, so the number is still its own.
+    let process = PidFd::open(pid.cast_unsigned()).inspect_err(|_| {
+        // SAFETY: the child is not reaped, so nobody else has its number; a null status is allowed.
+        unsafe {
+            libc::kill(pid, libc::SIGKILL);
+            libc::waitpid(pid, std::ptr::null_mut(), 0);
+        }
+    })?;
+    Ok(Spawned { pid, process, is_reaped: false, _unreaped: unreaped })
 }
 
 impl Spawned {

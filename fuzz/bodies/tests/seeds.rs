@@ -124,6 +124,7 @@ targets!(
     command_line,
     hmp,
     machine,
+    manifest,
     monitors,
     outside,
     platform,
@@ -137,6 +138,7 @@ targets!(
     time,
     update,
     vcpu,
+    verdict,
     vm
 );
 
