@@ -30,6 +30,7 @@ pub mod inherited;
 pub mod keeper;
 pub mod mapping;
 pub mod memfd;
+pub mod memory;
 pub mod pidfd;
 pub mod populate;
 pub mod process;
@@ -38,6 +39,7 @@ pub mod shared;
 pub mod signals;
 pub mod stream;
 pub mod term;
+pub mod thread;
 pub mod uds;
 
 mod mmap;

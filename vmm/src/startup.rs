@@ -40,9 +40,13 @@ const SIGINT: i32 = 2;
 const SIGTERM: i32 = 15;
 const SIGTTOU: i32 = 22;
 
+/// Of freed memory: more than what the states of 64 vCPUs take.
+const KEPT_HEAP: usize = 4 << 20;
+
 /// Runs the program with these arguments (without the program's own name).
 pub fn main(args: impl IntoIterator<Item = OsString>) -> ExitCode {
     let started_ns = oslib::clock::monotonic_ns();
+    oslib::memory::tune_allocator(KEPT_HEAP);
     match try_main(args, started_ns) {
         Ok(code) => code,
         Err(error) => {
