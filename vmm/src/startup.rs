@@ -9,6 +9,7 @@ use std::ffi::OsString;
 use std::fs::File;
 use std::process::ExitCode;
 use std::sync::Arc;
+use std::time::Instant;
 
 use anyhow::{Context, bail};
 use cpr_core::ownership::Owner;
@@ -195,8 +196,13 @@ impl Hardware {
     /// it, and the monitors of an exec are silent meanwhile.
     pub(crate) fn populate(&self, control: &Control) -> anyhow::Result<()> {
         let rendezvous = control.rendezvous();
+        let mut began = Instant::now();
         let populated = self.machine.populate(&mut || {
             rendezvous.note_progress();
+            // As long as the piece took: a thread that never sleeps would keep a vCPU that shares its CPU waiting for whole
+            // time slices.
+            std::thread::sleep(began.elapsed());
+            began = Instant::now();
             // A source that took the guest back waits for the end of this process.
             control.ownership().owner() == Some(Owner::Source)
         });
