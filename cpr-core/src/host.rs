@@ -134,8 +134,9 @@ pub trait Host {
     }
 
     /// The program is about to leave its process ([`Course::Departing`](crate::Course::Departing)), which ends all threads
-    /// but the loop's. The guest is stopped. Have threads end in good order here, and start them anew in
-    /// [`resume`](Self::resume), which is next: in the other process, or here if the mode failed to leave.
+    /// but the loop's where they stand. The guest is stopped. Have threads hold no lock here, nor anything else that would
+    /// stay half-done, and have new ones in [`resume`](Self::resume), which is next: in the other process, or here if the
+    /// mode failed to leave.
     ///
     /// # Errors
     /// The update is rolled back.

@@ -32,6 +32,7 @@ pub mod inherited;
 pub mod keeper;
 pub mod mapping;
 pub mod memfd;
+pub mod memory;
 pub mod pidfd;
 pub mod populate;
 pub mod process;
@@ -42,6 +43,7 @@ pub mod spawn;
 pub mod storage;
 pub mod stream;
 pub mod term;
+pub mod thread;
 pub mod uds;
 
 mod mmap;

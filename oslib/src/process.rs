@@ -74,17 +74,15 @@ pub fn effective_uid() -> u32 {
     nix::unistd::geteuid().as_raw()
 }
 
-/// The name of this process, at most 15 bytes: what ps(1) calls its command.
+/// The name of the calling thread, at most 15 bytes. The main thread's is what ps(1) calls the process's command.
 ///
 /// # Errors
-/// Those of reading `/proc/self/comm`.
+/// None that the kernel documents.
 pub fn name() -> io::Result<CString> {
-    let mut name = fs::read("/proc/self/comm")?;
-    name.retain(|&byte| byte != b'\n' && byte != 0);
-    Ok(CString::new(name)?)
+    Ok(prctl::get_name()?)
 }
 
-/// Gives this process, by its calling thread, another [name](fn@name).
+/// Gives the calling thread another [name](fn@name).
 ///
 /// # Errors
 /// None that the kernel documents.

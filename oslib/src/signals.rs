@@ -335,6 +335,14 @@ pub fn discard_pending(signal: i32) -> io::Result<()> {
     Ok(())
 }
 
+/// Takes back `signal` if it is pending for the calling thread, which must block it; tells whether it was.
+pub fn take_pending(signal: i32) -> bool {
+    let set = SignalMask::of(&[signal]).to_sigset();
+    let at_once = libc::timespec { tv_sec: 0, tv_nsec: 0 };
+    // SAFETY: set and time outlive the call, which reads them; no information is asked for.
+    unsafe { libc::sigtimedwait(&raw const set, std::ptr::null_mut(), &raw const at_once) == signal }
+}
+
 /// A thread of this process, by its kernel id (gettid(2)).
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct ThreadId(u32);

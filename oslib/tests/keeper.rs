@@ -154,15 +154,16 @@ fn exec_into(target: &str, ram_bytes: u64) {
     // A connection that the source alone has.
     let (ours, mut peer) = UnixStream::pair().unwrap();
     // Exec ends threads where they stand, so no lock may be held by one.
-    for _ in 0..3 {
-        std::thread::spawn(std::thread::park);
-    }
+    let parked: Vec<_> = (0..3)
+        .map(|_| std::thread::Builder::new().stack_size(STACK).spawn(std::thread::park).unwrap())
+        .collect();
     std::thread::sleep(Duration::from_millis(20));
     let on_the_heap: Vec<u32> = (0..1000).collect();
     let on_the_stack = [0x5a5a_u64; 64];
     OF_THE_MAIN_THREAD.set(77);
     let floating = std::hint::black_box(1.25_f64);
     let source_pid = std::process::id();
+    let before = policy();
 
     let departed = leave_to(target, &at_start, &[word.all().fd().as_fd(), ours.as_fd()]);
 
@@ -176,6 +177,7 @@ fn exec_into(target: &str, ram_bytes: u64) {
     assert_eq!(OF_THE_MAIN_THREAD.get(), 77);
     assert_eq!(ram.read_u64(4096).unwrap(), 4096);
     let never_blocked = 1 << (libc::SIGKILL - 1) | 1 << (libc::SIGSTOP - 1);
+    assert_eq!(policy(), before, "how it is scheduled");
     assert_eq!(signals::current().unwrap().bits() | never_blocked | 3 << 31, u64::MAX);
     // It can do what a program does: allocate, start threads and join them, panic and catch it, talk.
     let threads: Vec<_> = (0..8_u64)
@@ -185,6 +187,10 @@ fn exec_into(target: &str, ram_bytes: u64) {
         .collect();
     let sums: Vec<u64> = threads.into_iter().map(|thread| thread.join().unwrap()).collect();
     assert_eq!(sums[7] - sums[0], 7);
+    // What the exec has left of threads can be freed.
+    assert_eq!(mappings_of(STACK), parked.len());
+    parked.into_iter().for_each(oslib::thread::bury);
+    assert_eq!(mappings_of(STACK), 0);
     let caught = std::panic::catch_unwind(|| std::panic::resume_unwind(Box::new(5_u8)));
     assert_eq!(caught.unwrap_err().downcast_ref(), Some(&5_u8));
     peer.write_all(b"from the old program").unwrap();
@@ -194,6 +200,26 @@ fn exec_into(target: &str, ram_bytes: u64) {
     await_value(&word, 2);
     tell(&word, 3);
     process::step_aside(vec![], 42);
+}
+
+/// How this process is scheduled, as proc_pid_stat(5) counts: field 41, the policy.
+fn policy() -> String {
+    let stat = std::fs::read_to_string("/proc/self/stat").unwrap();
+    let after_the_name = stat.rsplit(") ").next().unwrap();
+    after_the_name.split(' ').nth(38).unwrap().to_owned()
+}
+
+/// A size that no other mapping has: more than what the C library keeps of stacks for threads to come.
+const STACK: usize = (64 << 20) + 12345 * 4096;
+
+/// How many mappings of this process have `len` bytes, give or take a few pages.
+fn mappings_of(len: usize) -> usize {
+    let maps = std::fs::read_to_string("/proc/self/maps").unwrap();
+    let lens = maps.lines().map(|line| {
+        let (from, to) = line.split(' ').next().unwrap().split_once('-').unwrap();
+        usize::from_str_radix(to, 16).unwrap() - usize::from_str_radix(from, 16).unwrap()
+    });
+    lens.filter(|found| found.abs_diff(len) <= 8 * 4096).count()
 }
 
 /// Uses about a megabyte of stack.

@@ -231,14 +231,14 @@ const IN_PLACE: [&str; 7] = [
     "pause",
     "first exit to last exit",
     "save",
-    "dismiss",
+    "rest",
     "recall",
     "run to last entry",
     "first exit to last entry",
 ];
 
 /// Times pause, save and run of one machine at a time, with 1 to 8 vCPUs in turns so that all see the same noise. In
-/// every other round the vCPUs' threads end and come back, which the last line leaves out.
+/// every other round the vCPUs' threads go to rest and come back, which the last line leaves out.
 fn in_place(rounds: usize) -> Result<(), Error> {
     const COUNTS: [usize; 4] = [1, 2, 4, 8];
     let backends = COUNTS.map(|_| backend(64 << 20));
@@ -274,7 +274,7 @@ fn in_place(rounds: usize) -> Result<(), Error> {
 
 impl Beating {
     /// Lets all vCPUs beat, and then times what [`IN_PLACE`] names.
-    fn pause_save_run(&self, new_threads: bool) -> Result<[Option<f64>; IN_PLACE.len()], Error> {
+    fn pause_save_run(&self, resting: bool) -> Result<[Option<f64>; IN_PLACE.len()], Error> {
         let Self { machine, ram, stamps } = self;
         let vcpus = machine.vcpu_count();
         let boxes: Vec<_> = (0..vcpus as u32).map(|vcpu| Mailbox::new(ram, vcpu)).collect();
@@ -291,11 +291,11 @@ impl Beating {
         let saving = Instant::now();
         machine.save()?;
         let save = us(saving);
-        let (mut dismiss, mut recall) = (None, None);
-        if new_threads {
-            let dismissing = Instant::now();
-            machine.dismiss_threads()?;
-            dismiss = Some(us(dismissing));
+        let (mut rest, mut recall) = (None, None);
+        if resting {
+            let going = Instant::now();
+            machine.rest_threads()?;
+            rest = Some(us(going));
             let recalling = Instant::now();
             machine.recall_threads()?;
             machine.thread_ids()?;
@@ -307,12 +307,12 @@ impl Beating {
         let last_run = stamps.wait_last_run(vcpus);
         machine.pause(DEADLINE)?;
         let us_between = |from: u64, to: u64| Some((to - from) as f64 / 1e3);
-        let standstill = if new_threads { None } else { us_between(exits[0], last_run) };
+        let standstill = if resting { None } else { us_between(exits[0], last_run) };
         Ok([
             Some(pause),
             us_between(exits[0], exits[1]),
             Some(save),
-            dismiss,
+            rest,
             recall,
             us_between(told, last_run),
             standstill,

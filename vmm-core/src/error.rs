@@ -74,9 +74,9 @@ pub enum VcpuError {
     /// The vCPU's thread has ended.
     #[error("the vCPU's thread has ended")]
     Gone,
-    /// The vCPU's thread was dismissed, and not recalled.
-    #[error("the vCPU has no thread, it was dismissed")]
-    Dismissed,
+    /// The vCPU stands still, but its thread does not come to rest.
+    #[error("the vCPU's thread does not come to rest")]
+    Restless,
     /// No thread could be started for the vCPU.
     #[error("cannot start the vCPU's thread")]
     Thread(#[source] io::Error),

@@ -192,13 +192,12 @@ impl Machine {
         lock(&self.cpuid).clone()
     }
 
-    /// Lets the vCPUs run, or run again. Threads that were dismissed are recalled.
+    /// Lets the vCPUs run, or run again. Threads that rest are recalled.
     ///
     /// # Errors
     /// A vCPU that does not exist any more, or has no thread and gets none.
     pub fn run(&self) -> Result<(), MachineError> {
         self.ready()?;
-        self.vcpus.recall_threads()?;
         self.vcpus.resume()
     }
 
@@ -210,19 +209,25 @@ impl Machine {
         self.vcpus.pause(deadline)
     }
 
-    /// Ends the threads of a paused machine's vCPUs and returns when they are gone. The vCPUs stay as they are: the
-    /// machine can be saved without threads, and dropped. For an owner whose process is about to lose its threads, by an
-    /// exec, while the memory and the descriptors live on in another one. Harmless when there are none.
-    ///
-    /// # Errors
-    /// A vCPU that runs; then all threads stay.
-    pub fn dismiss_threads(&self) -> Result<(), MachineError> {
-        self.vcpus.dismiss_threads()
+    /// Has the threads of the vCPUs rest as soon as these are stopped, until they run again: a
+    /// [`Machine::rest_threads`] that follows the stop has little to wait for.
+    pub fn rest_when_paused(&self) {
+        self.vcpus.want_rest();
     }
 
-    /// Starts a thread for each vCPU that has none, in the calling process, which must be the one of
-    /// [`Machine::dismiss_threads`] or share its memory and have its descriptors. [`Machine::run`] does this by itself;
-    /// done before, it is out of the guest's way.
+    /// Has the threads of a paused machine's vCPUs rest, and returns when they do. The vCPUs stay as they are: the
+    /// machine can be saved. For an owner whose process is about to lose its threads, by an exec, while the memory and the
+    /// descriptors live on in another one: threads that rest may end at any instruction and leave nothing half-done.
+    /// Harmless when they rest already.
+    ///
+    /// # Errors
+    /// A vCPU that runs, or a thread that does not get there.
+    pub fn rest_threads(&self) -> Result<(), MachineError> {
+        self.vcpus.rest_threads()
+    }
+
+    /// Ends the rest of the threads, or starts a thread for each vCPU in the calling process, if that is not the one of
+    /// [`Machine::rest_threads`] but shares its memory and has its descriptors. [`Machine::run`] does this by itself.
     ///
     /// # Errors
     /// The vCPU for which no thread could be started. Those before it have theirs; a further call goes on with it.

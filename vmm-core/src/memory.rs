@@ -25,8 +25,8 @@ pub const LOW_RAM_END: u64 = 0xc000_0000;
 pub const HIGH_RAM_START: u64 = 0x1_0000_0000;
 /// RAM comes in whole pages.
 const PAGE_LEN: u64 = 4096;
-/// How much is mapped ahead at a time, in bytes: some ten milliseconds of work.
-pub const POPULATE_PIECE: u64 = 64 << 20;
+/// How much is mapped ahead at a time, in bytes: some ten microseconds of work.
+pub const POPULATE_PIECE: u64 = 256 << 10;
 
 /// What backs guest RAM, in the terms of QEMU's `-object memory-backend-*`.
 #[derive(Debug, Clone, PartialEq, Eq)]

@@ -418,13 +418,9 @@ fn observers_see_each_pause_from_both_sides() {
     }
 }
 
-fn is_thread(id: u32) -> bool {
-    std::path::Path::new(&format!("/proc/self/task/{id}")).exists()
-}
-
 #[test]
-fn threads_leave_and_come_back_while_their_vcpus_stay() {
-    if !have_kvm("threads_leave_and_come_back_while_their_vcpus_stay") {
+fn threads_rest_and_come_back_while_their_vcpus_stay() {
+    if !have_kvm("threads_rest_and_come_back_while_their_vcpus_stay") {
         return;
     }
     const VCPUS: usize = 3;
@@ -441,31 +437,27 @@ fn threads_leave_and_come_back_while_their_vcpus_stay() {
     let boxes: Vec<_> = (0..VCPUS as u32).map(|vcpu| Mailbox::new(&words, vcpu)).collect();
     let beats = || boxes.iter().map(Mailbox::beats).collect::<Vec<_>>();
     let fds = machine.kvm_fds().unwrap();
+    let threads = machine.thread_ids().unwrap();
     for round in 0..10 {
-        machine.pause(DEADLINE).unwrap();
-        let before = machine.save().unwrap();
-        let counted = beats();
-        let old = machine.thread_ids().unwrap();
-        assert!(old.len() == VCPUS && old.iter().all(|&id| is_thread(id)));
-        machine.dismiss_threads().unwrap();
-        machine.dismiss_threads().unwrap();
-        // The kernel forgets a thread a moment after it can be joined.
-        wait_for("the end of the threads", || !old.iter().any(|&id| is_thread(id)));
-        let error = machine.thread_ids().unwrap_err();
-        assert!(matches!(error, MachineError::Vcpu { index: 0, source: VcpuError::Dismissed }), "{error:?}");
-        assert!(machine.is_paused());
-        assert_eq!(machine.save().unwrap().vcpus, before.vcpus, "saved without threads");
-        // Every other time it is left to `run`.
+        // Every other time they are told ahead.
         if round % 2 == 0 {
+            machine.rest_when_paused();
+        }
+        machine.pause(DEADLINE).unwrap();
+        let counted = beats();
+        machine.rest_threads().unwrap();
+        machine.rest_threads().unwrap();
+        let before = machine.save().unwrap();
+        assert!(machine.is_paused());
+        if round % 3 == 0 {
             machine.recall_threads().unwrap();
             machine.recall_threads().unwrap();
-            let new = machine.thread_ids().unwrap();
-            assert!(new.len() == VCPUS && new.iter().all(|&id| is_thread(id) && !old.contains(&id)));
             assert_eq!(machine.save().unwrap().vcpus, before.vcpus, "saved after the threads came back");
         }
         assert_eq!(beats(), counted);
         machine.run().unwrap();
-        wait_for("beats with new threads", || beats().iter().zip(&counted).all(|(now, before)| now > before));
+        wait_for("beats after a rest", || beats().iter().zip(&counted).all(|(now, before)| now > before));
+        assert_eq!(machine.thread_ids().unwrap(), threads, "they are the same ones");
     }
     assert_eq!(machine.kvm_fds().unwrap(), fds, "no vCPU was made anew");
     for mailbox in &boxes {
@@ -474,8 +466,8 @@ fn threads_leave_and_come_back_while_their_vcpus_stay() {
 }
 
 #[test]
-fn a_machine_without_threads_can_be_restored_and_dropped() {
-    if !have_kvm("a_machine_without_threads_can_be_restored_and_dropped") {
+fn a_machine_whose_threads_rest_can_be_restored_and_dropped() {
+    if !have_kvm("a_machine_whose_threads_rest_can_be_restored_and_dropped") {
         return;
     }
     let backend = backend(64 * MIB);
@@ -483,14 +475,14 @@ fn a_machine_without_threads_can_be_restored_and_dropped() {
     wait_for_beats(&source, 2);
     source.pause(DEADLINE).unwrap();
     let state = source.save().unwrap();
-    source.dismiss_threads().unwrap();
+    source.rest_threads().unwrap();
     // Each vCPU keeps the VM.
     let vm = Arc::downgrade(source.vm());
     drop(source);
     assert!(vm.upgrade().is_none());
 
     let (target, _) = machine(&adopt(&backend), 2);
-    target.dismiss_threads().unwrap();
+    target.rest_threads().unwrap();
     target.restore(&state).unwrap();
     target.run().unwrap();
     wait_for_beats(&target, 2);
@@ -505,7 +497,7 @@ fn a_running_machine_keeps_its_threads() {
     }
     let backend = backend(64 * MIB);
     let (machine, _) = start(&backend, 2, COUNT);
-    let error = machine.dismiss_threads().unwrap_err();
+    let error = machine.rest_threads().unwrap_err();
     assert!(matches!(error, MachineError::Vcpu { source: VcpuError::Running, .. }), "{error}");
     assert_eq!(machine.thread_ids().unwrap().len(), 2);
     wait_for_beats(&machine, 2);

@@ -11,6 +11,7 @@ use std::ffi::OsString;
 use std::fs::File;
 use std::process::ExitCode;
 use std::sync::Arc;
+use std::time::Instant;
 
 use anyhow::{Context, bail};
 use cpr_core::fault::{self, Point};
@@ -43,9 +44,13 @@ const SIGINT: i32 = 2;
 const SIGTERM: i32 = 15;
 const SIGTTOU: i32 = 22;
 
+/// Of freed memory: more than what the states of 64 vCPUs take.
+const KEPT_HEAP: usize = 4 << 20;
+
 /// Runs the program with these arguments (without the program's own name).
 pub fn main(args: impl IntoIterator<Item = OsString>) -> ExitCode {
     let started_ns = oslib::clock::monotonic_ns();
+    oslib::memory::tune_allocator(KEPT_HEAP);
     match try_main(args, started_ns) {
         Ok(code) => code,
         Err(error) => {
@@ -226,8 +231,13 @@ impl Hardware {
     /// it, and the monitors of an exec are silent meanwhile.
     pub(crate) fn populate(&self, control: &Control) -> anyhow::Result<()> {
         let rendezvous = control.rendezvous();
+        let mut began = Instant::now();
         let populated = self.machine.populate(&mut || {
             rendezvous.note_progress();
+            // As long as the piece took: a thread that never sleeps would keep a vCPU that shares its CPU waiting for whole
+            // time slices.
+            std::thread::sleep(began.elapsed());
+            began = Instant::now();
             // A source that took the guest back waits for the end of this process.
             control.ownership().owner() == Some(Owner::Source)
         });

@@ -30,8 +30,13 @@ pub(super) extern "C" fn main(orders: *mut c_void) -> c_int {
     // The C library keeps two signals of its own out of the mask that the parent set.
     raw::block_signals(u64::MAX);
     raw::set_name(c"cpr-keeper");
+    // The parent goes on at once when it wakes us, in a system call that takes a millisecond, and may well have our CPU.
+    let ordinary = raw::schedule_first();
     while orders.held.load(Ordering::Acquire) == HELD {
         raw::futex_wait(&orders.held, HELD);
+    }
+    if let Some(ordinary) = ordinary {
+        raw::schedule(ordinary, 0);
     }
     let stack_pointer = orders.stack_pointer.load(Ordering::Acquire);
     if stack_pointer == 0 {

@@ -9,6 +9,7 @@ use std::sync::atomic::{AtomicU8, Ordering};
 
 use kvm_bindings as kb;
 use kvm_ioctls::{VcpuExit, VcpuFd};
+use oslib::signals::SignalMask;
 use vmm_sys_util::ioctl::{ioctl_with_mut_ptr, ioctl_with_mut_ref, ioctl_with_ptr, ioctl_with_ref};
 use vmm_sys_util::{ioctl_ior_nr, ioctl_iow_nr, ioctl_iowr_nr};
 
@@ -29,6 +30,7 @@ ioctl_ior_nr!(KVM_GET_XSAVE, KVMIO, 0xa4, kb::kvm_xsave);
 ioctl_ior_nr!(KVM_GET_XSAVE2, KVMIO, 0xcf, kb::kvm_xsave);
 ioctl_iowr_nr!(KVM_GET_NESTED_STATE, KVMIO, 0xbe, kb::kvm_nested_state);
 ioctl_iowr_nr!(KVM_PRE_FAULT_MEMORY, KVMIO, 0xd5, kb::kvm_pre_fault_memory);
+ioctl_iow_nr!(KVM_SET_SIGNAL_MASK, KVMIO, 0x8b, kb::kvm_signal_mask);
 ioctl_iow_nr!(KVM_SET_NESTED_STATE, KVMIO, 0xbf, kb::kvm_nested_state);
 
 /// One vCPU. Keeps its VM, and so the guest's memory mapping, alive.
@@ -81,6 +83,25 @@ impl Vcpu {
             }
         }
         Ok(())
+    }
+
+    /// Has `KVM_RUN` block these signals and no others while it lasts, or those of its thread (`None`). A signal that is
+    /// blocked but for `KVM_RUN` ends that, and is pending afterwards.
+    ///
+    /// # Errors
+    /// The kernel's answer.
+    pub fn set_signal_mask(&self, mask: Option<SignalMask>) -> Result<(), KvmError> {
+        /// `struct kvm_signal_mask` with the kernel's `sigset_t`.
+        #[repr(C)]
+        struct Wire {
+            len: u32,
+            signals: [u8; 8],
+        }
+        let wire = mask.map(|mask| Wire { len: 8, signals: mask.bits().to_ne_bytes() });
+        let pointer = wire.as_ref().map_or(std::ptr::null(), std::ptr::from_ref);
+        // SAFETY: the kernel reads the length and as many bytes after it, which is this structure; null asks for none.
+        let ret = unsafe { ioctl_with_ptr(&self.fd, KVM_SET_SIGNAL_MASK(), pointer) };
+        zero(ret, "KVM_SET_SIGNAL_MASK")
     }
 
     /// Enters the guest and returns when user space is needed. A signal is an exit, not an error.

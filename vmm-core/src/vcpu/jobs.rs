@@ -47,7 +47,8 @@ impl<T: Send + 'static> Pending<T> {
         let (sender, reports) = channel();
         let work =
             Arc::new(Work { slots: Arc::clone(slots), next: AtomicUsize::new(0), job, reports: sender });
-        for slot in slots.iter().take(helpers) {
+        // The last ones: to take its order a thread needs its slot, and the owner begins with the first.
+        for slot in slots.iter().rev().take(helpers) {
             let work = Arc::clone(&work);
             slot.post_job(Box::new(move || work.help()));
         }

@@ -6,7 +6,7 @@
 
 use std::collections::VecDeque;
 use std::os::fd::{AsRawFd, RawFd};
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU8, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
@@ -35,6 +35,8 @@ pub(super) enum Request {
     /// Run the guest, with a turn to take first if the vCPUs take turns.
     Run(Cpu, Option<Turn>),
     Job(Job),
+    /// Rest until the vCPU is to run again.
+    Rest,
     Quit,
 }
 
@@ -55,9 +57,26 @@ enum Place {
 struct Inner {
     place: Place,
     requests: VecDeque<Request>,
-    thread: Option<JoinHandle<()>>,
+    thread: Option<Owned>,
     /// The kernel's name of the thread, once that runs.
     thread_id: Option<ThreadId>,
+}
+
+/// A thread, and the process that it was started in: an exec ends it with that, while this memory lives on.
+struct Owned {
+    handle: JoinHandle<()>,
+    process: u32,
+}
+
+/// A thread whose vCPU is parked waits for requests. One that rests does so without holding or owning anything, so that it
+/// may be ended at any instruction.
+mod rest {
+    /// The thread takes requests.
+    pub(super) const NO: u8 = 0;
+    /// It is to rest once it has none.
+    pub(super) const WANTED: u8 = 1;
+    /// It rests.
+    pub(super) const YES: u8 = 2;
 }
 
 pub(super) struct Slot {
@@ -69,6 +88,8 @@ pub(super) struct Slot {
     news: Condvar,
     running: Arc<RunningCount>,
     stop: AtomicBool,
+    /// One of the constants in [`rest`].
+    rest: AtomicU8,
     /// The guest is to be told that it stood still.
     tell_paused: AtomicBool,
     immediate_exit: OnceLock<ImmediateExit>,
@@ -85,6 +106,7 @@ impl Slot {
             news: Condvar::new(),
             running,
             stop: AtomicBool::new(false),
+            rest: AtomicU8::new(rest::NO),
             tell_paused: AtomicBool::new(false),
             immediate_exit: OnceLock::new(),
             fd: OnceLock::new(),
@@ -133,11 +155,11 @@ impl Slot {
         matches!(self.lock().place, Place::Running)
     }
 
-    /// Asks the thread to run the guest; it hears of it with [`Slot::wake`].
+    /// Asks the thread, which need not be there yet, to run the guest. One that is there hears of it with
+    /// [`Slot::wake`].
     pub(super) fn post_run(&self, turn: Option<Turn>) -> Result<(), VcpuError> {
         let mut inner = self.lock_made();
         match &inner.place {
-            Place::Parked(_) if inner.thread.is_none() => return Err(VcpuError::Dismissed),
             Place::Parked(_) => {}
             Place::Running => return Err(VcpuError::Running),
             _ => return Err(inner.check().err().unwrap_or(VcpuError::Gone)),
@@ -148,6 +170,17 @@ impl Slot {
             inner.requests.push_back(Request::Run(cpu, turn));
         }
         Ok(())
+    }
+
+    /// Takes back what [`post_run`](Self::post_run) asked of a thread that is not there.
+    fn withdraw_run(&self) {
+        let mut inner = self.lock();
+        let run = inner.requests.iter().position(|request| matches!(request, Request::Run(..)));
+        if let Some(Request::Run(cpu, _)) = run.and_then(|at| inner.requests.remove(at)) {
+            inner.place = Place::Parked(cpu);
+            drop(inner);
+            self.running.one_less();
+        }
     }
 
     /// Has the thread look at its requests.
@@ -186,20 +219,57 @@ impl Slot {
 
     // The owner's side: the thread.
 
-    pub(super) fn has_thread(&self) -> bool {
-        self.lock().thread.is_some()
-    }
-
-    /// Has `spawn` start a thread, unless there is one.
+    /// Has `spawn` start a thread in `process`, the calling one, unless there is one; a thread that rests goes on. If
+    /// none can be started, the vCPU does not run.
+    ///
+    /// A thread of another process must have ended: the exec that left us its memory has seen to that.
     pub(super) fn ensure_thread(
         &self,
+        process: u32,
         spawn: impl FnOnce() -> std::io::Result<JoinHandle<()>>,
     ) -> Result<(), VcpuError> {
-        let mut inner = self.lock();
-        if inner.thread.is_none() && !matches!(inner.place, Place::Gone) {
-            inner.thread = Some(spawn().map_err(VcpuError::Thread)?);
+        {
+            let mut inner = self.lock();
+            match inner.thread.take_if(|thread| thread.process != process) {
+                Some(thread) => {
+                    // The next one gets its stack.
+                    oslib::thread::bury(thread.handle);
+                    inner.thread_id = None;
+                    self.rest.store(rest::NO, Ordering::SeqCst);
+                }
+                None if matches!(inner.place, Place::Gone) => return Ok(()),
+                None => {}
+            }
+            if let Some(thread) = &inner.thread {
+                self.end_rest(thread);
+                return Ok(());
+            }
         }
+        // Not under the lock: the thread begins by taking it.
+        let handle = spawn().map_err(VcpuError::Thread).inspect_err(|_| self.withdraw_run())?;
+        self.lock().thread = Some(Owned { handle, process });
         Ok(())
+    }
+
+    /// Sends the thread to rest once its vCPU is parked.
+    pub(super) fn want_rest(&self) {
+        let inner = self.lock();
+        if inner.thread.is_some() && self.rest.load(Ordering::SeqCst) == rest::NO {
+            self.rest.store(rest::WANTED, Ordering::SeqCst);
+            drop(inner);
+            self.wake();
+        }
+    }
+
+    /// Whether the thread holds and owns nothing: it rests, or there is none.
+    pub(super) fn rests(&self) -> bool {
+        self.rest.load(Ordering::SeqCst) == rest::YES || self.lock().thread.is_none()
+    }
+
+    fn end_rest(&self, thread: &Owned) {
+        if self.rest.swap(rest::NO, Ordering::SeqCst) == rest::YES {
+            thread.handle.thread().unpark();
+        }
     }
 
     /// Returns the kernel's name of the thread; waits for one that is about to start.
@@ -209,7 +279,7 @@ impl Slot {
             match (inner.thread_id, &inner.thread, &inner.place) {
                 (Some(id), _, _) => return Ok(id),
                 (None, _, Place::Gone | Place::Failed(_)) => return Err(VcpuError::Gone),
-                (None, None, _) => return Err(VcpuError::Dismissed),
+                (None, None, _) => return Err(VcpuError::Gone),
                 (None, Some(_), _) => {}
             }
             inner = self.news.wait(inner).unwrap_or_else(PoisonError::into_inner);
@@ -224,16 +294,24 @@ impl Slot {
 
     /// Tells the thread to end. One that runs the guest does so once it has parked.
     pub(super) fn post_quit(&self) {
-        self.lock().requests.push_back(Request::Quit);
+        let mut inner = self.lock();
+        inner.requests.push_back(Request::Quit);
+        if let Some(thread) = &inner.thread {
+            self.end_rest(thread);
+        }
+        drop(inner);
         self.wake();
     }
 
     /// Waits for a thread that was told to end. The vCPU stays.
     pub(super) fn join(&self) {
         let thread = self.lock().thread.take();
-        if let Some(thread) = thread {
+        if let Some(Owned { handle, process }) = thread {
             // A panic has been told on its way; the vCPU went with it.
-            let _ = thread.join();
+            match process == std::process::id() {
+                true => drop(handle.join()),
+                false => oslib::thread::bury(handle),
+            }
         }
         let mut inner = self.lock();
         inner.thread_id = None;
@@ -296,7 +374,19 @@ impl Slot {
         loop {
             match inner.requests.pop_front() {
                 Some(request) => return request,
+                None if self.rest.load(Ordering::SeqCst) == rest::WANTED => return Request::Rest,
                 None => inner = self.wake.wait(inner).unwrap_or_else(PoisonError::into_inner),
+            }
+        }
+    }
+
+    /// Rests until there is something to do. For a thread that owns nothing which an end at any instruction would leave
+    /// half-done.
+    pub(super) fn rest(&self) {
+        let wanted = self.rest.compare_exchange(rest::WANTED, rest::YES, Ordering::SeqCst, Ordering::SeqCst);
+        if wanted.is_ok() {
+            while self.rest.load(Ordering::SeqCst) == rest::YES {
+                std::thread::park();
             }
         }
     }

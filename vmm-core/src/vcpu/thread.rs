@@ -7,7 +7,7 @@ use oslib::signals::{self, SignalMask, ThreadId};
 use super::event::EventSender;
 use super::failure::Failure;
 use super::slot::{Cpu, Request, Slot, kick_signal};
-use super::turns::{TURN_SIGNAL, Turn, TurnTimer};
+use super::turns::{Turn, TurnTimer};
 use super::{VcpuError, registers};
 use crate::error::KvmError;
 use crate::kvm::{Capabilities, Exit, Vm};
@@ -42,12 +42,11 @@ pub(crate) struct Environment {
     pub(crate) caps: Capabilities,
 }
 
-/// Signals that a vCPU thread lets through: the kick, the end of its turn, and those that tell of its own mistakes.
+/// Signals that a vCPU thread lets through: the kick, and those that tell of its own mistakes.
 fn thread_mask() -> SignalMask {
     const FAULTS: [i32; 7] =
         [libc::SIGSEGV, libc::SIGBUS, libc::SIGILL, libc::SIGFPE, libc::SIGABRT, libc::SIGTRAP, libc::SIGSYS];
-    let own = SignalMask::ALL.without(kick_signal()).without(TURN_SIGNAL as i32);
-    FAULTS.into_iter().fold(own, SignalMask::without)
+    FAULTS.into_iter().fold(SignalMask::ALL.without(kick_signal()), SignalMask::without)
 }
 
 pub(super) struct VcpuThread {
@@ -86,6 +85,7 @@ impl VcpuThread {
                     self.run_guest(&mut cpu, turn, &mut timer);
                     slot.park(cpu);
                 }
+                Request::Rest => slot.rest(),
                 Request::Quit => {
                     ending.told = true;
                     return;
@@ -131,7 +131,8 @@ impl VcpuThread {
         if !slot.allow_guest() {
             return;
         }
-        if turn.is_some() {
+        // Without the signal the turn lasts until the vCPU leaves by itself.
+        if turn.is_some() && cpu.vcpu.set_signal_mask(Some(TurnTimer::mask(thread_mask()))).is_ok() {
             timer.start();
         }
         observer.first_run(slot.index);
@@ -165,6 +166,7 @@ impl VcpuThread {
                 Err(error) => break Failure::Run(error.source),
             }
             if let Some(turn) = turn.take() {
+                let _ = cpu.vcpu.set_signal_mask(None);
                 turn.wait_for_others();
             }
         };

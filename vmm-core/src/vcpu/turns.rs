@@ -14,13 +14,16 @@ use nix::sys::time::TimeSpec;
 use nix::sys::timer::{Expiration, Timer, TimerSetTimeFlags};
 use nix::time::ClockId;
 
+use oslib::signals::{self, SignalMask};
+
 use super::slot::Slot;
 
 /// How long a turn is: long enough for the guest to get somewhere, short against the time that entering takes all of them.
 const TURN: Duration = Duration::from_micros(30);
 
-/// The signal that ends a turn. It has a handler that does nothing.
-pub(super) const TURN_SIGNAL: Signal = Signal::SIGVTALRM;
+/// The signal that ends a turn. Threads block it but for `KVM_RUN`: it is taken back without a handler, whose frame on the
+/// stack would cost as much as the turn.
+const TURN_SIGNAL: Signal = Signal::SIGVTALRM;
 
 /// One resume: who is still to be woken, and whose turns have not ended.
 pub(super) struct Turns {
@@ -63,6 +66,12 @@ impl Turns {
     fn wake_next(&self) -> bool {
         let next = self.slots.get(self.next.fetch_add(1, Ordering::AcqRel));
         next.inspect(|slot| slot.wake()).is_some()
+    }
+
+    /// Waits until no turn is left, at most this long.
+    pub(super) fn wait_all(&self, limit: Duration) {
+        let left = self.lock();
+        let _ = self.none_left.wait_timeout_while(left, limit, |left| *left > 0);
     }
 
     /// Lets all vCPUs that have had their turns go on, whoever has not.
@@ -113,6 +122,11 @@ impl Drop for Turn {
 pub(super) struct TurnTimer(Option<Timer>);
 
 impl TurnTimer {
+    /// The signals that `KVM_RUN` is to block during a turn of a thread that blocks these.
+    pub(super) fn mask(of_thread: SignalMask) -> SignalMask {
+        of_thread.without(TURN_SIGNAL as i32)
+    }
+
     /// Starts the clock. Without one, which the system may refuse, the turn lasts until the vCPU leaves by itself.
     pub(super) fn start(&mut self) {
         if self.0.is_none() {
@@ -129,6 +143,7 @@ impl TurnTimer {
 
     pub(super) fn stop(&mut self) {
         self.set(Expiration::OneShot(TimeSpec::from_duration(Duration::ZERO)));
+        signals::take_pending(TURN_SIGNAL as i32);
     }
 
     fn set(&mut self, when: Expiration) {
@@ -199,13 +214,15 @@ mod tests {
 
     #[test]
     fn the_timer_rings_again_and_again_until_it_is_stopped() {
-        oslib::signals::install_noop_handler(TURN_SIGNAL as i32).unwrap();
+        let turn = SignalMask::of(&[TURN_SIGNAL as i32]);
+        signals::block(turn).unwrap();
         let mut timer = TurnTimer::default();
         timer.start();
-        // Each returns with a signal, and none but the timer's comes.
         for _ in 0..3 {
-            SigSet::empty().suspend().unwrap();
+            SigSet::from(TURN_SIGNAL).wait().unwrap();
         }
+        std::thread::sleep(10 * TURN);
         timer.stop();
+        assert!(!signals::take_pending(TURN_SIGNAL as i32), "one was left behind");
     }
 }

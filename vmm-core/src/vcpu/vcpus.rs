@@ -10,13 +10,19 @@ use super::VcpuError;
 use super::jobs::{EachJob, Pending};
 use super::slot::{Cpu, RunningCount, Slot, kick_signal};
 use super::thread::{Environment, VcpuThread};
-use super::turns::{TURN_SIGNAL, Turns};
+use super::turns::Turns;
 use crate::error::MachineError;
 use crate::kvm::Vm;
 
 /// A vCPU that has not parked after this long is kicked once more. One kick is enough by construction; this is the
 /// belt to those braces.
 const KICK_AGAIN: Duration = Duration::from_millis(2);
+
+/// Threads that are to rest do so long before, unless the machine has no CPU time for them.
+const RESTS_WITHIN: Duration = Duration::from_secs(5);
+
+/// All vCPUs have had their turns long before, unless the machine has no CPU time for them.
+const TURNS_WITHIN: Duration = Duration::from_millis(20);
 
 /// A vCPU thread needs little stack of its own; what its devices need on top is their writers' guess.
 const STACK_LEN: usize = 512 * 1024;
@@ -29,11 +35,12 @@ const STACK_LEN: usize = 512 * 1024;
 ///     |  ^
 ///     |  '-- jobs (create, save, restore, ...), one after the other
 ///     |
-///     '----> threads dismissed ----> threads recalled: Parked
+///     '----> threads rest ----> threads recalled: Parked
 /// ```
 ///
 /// A parked vCPU needs no thread but to run. An exec ends all threads where they stand, so before one the vCPUs are
-/// parked; whoever takes this memory into another process dismisses their threads, and recalls them there.
+/// parked and their threads rest: they hold nothing that would stay held. Whoever takes this memory into another process
+/// gets new threads there.
 pub struct Vcpus {
     slots: Arc<[Arc<Slot>]>,
     running: Arc<RunningCount>,
@@ -61,28 +68,32 @@ impl Vcpus {
         Ok(vcpus)
     }
 
-    /// Starts a thread for every vCPU that has none. Does not wait for them to be under way.
+    /// Starts a thread for every vCPU that has none in this process, and ends the rest of the others. Does not wait for
+    /// them to be under way.
     pub(crate) fn recall_threads(&self) -> Result<(), MachineError> {
-        if self.slots.iter().all(|slot| slot.has_thread()) {
-            return Ok(());
-        }
-        // They belong to the process, which may be another one than last time.
-        for signal in [kick_signal(), TURN_SIGNAL as i32] {
-            signals::install_noop_handler(signal)
-                .map_err(|source| MachineError::Host { what: "the handlers of the vCPU threads", source })?;
-        }
-        self.on_each(|slot| {
-            slot.ensure_thread(|| {
-                let thread = VcpuThread {
-                    slot: Arc::clone(slot),
-                    vm: Arc::clone(&self.vm),
-                    environment: self.environment.clone(),
-                };
-                std::thread::Builder::new()
-                    .name(format!("vcpu{}", slot.index))
-                    .stack_size(STACK_LEN)
-                    .spawn(move || thread.run())
-            })
+        let process = self.begin_here()?;
+        self.on_each(|slot| self.ensure_thread(slot, process))
+    }
+
+    /// What threads of this process need; returns its id.
+    fn begin_here(&self) -> Result<u32, MachineError> {
+        // It belongs to the process, which may be another one than last time.
+        signals::install_noop_handler(kick_signal())
+            .map_err(|source| MachineError::Host { what: "the handler of the vCPU threads", source })?;
+        Ok(std::process::id())
+    }
+
+    fn ensure_thread(&self, slot: &Arc<Slot>, process: u32) -> Result<(), VcpuError> {
+        slot.ensure_thread(process, || {
+            let thread = VcpuThread {
+                slot: Arc::clone(slot),
+                vm: Arc::clone(&self.vm),
+                environment: self.environment.clone(),
+            };
+            std::thread::Builder::new()
+                .name(format!("vcpu{}", slot.index))
+                .stack_size(STACK_LEN)
+                .spawn(move || thread.run())
         })
     }
 
@@ -138,20 +149,36 @@ impl Vcpus {
         self.slots.iter().all(|slot| !slot.is_running())
     }
 
-    /// Ends the threads of the vCPUs, which must be parked and stay so. Without threads, harmless.
-    pub(crate) fn dismiss_threads(&self) -> Result<(), MachineError> {
-        self.ready()?;
-        self.on_each(|slot| if slot.is_running() { Err(VcpuError::Running) } else { Ok(()) })?;
-        self.slots.iter().for_each(|slot| slot.post_quit());
-        self.slots.iter().for_each(|slot| slot.join());
-        Ok(())
+    /// Has the threads rest as soon as their vCPUs are parked, whenever that is.
+    pub(crate) fn want_rest(&self) {
+        self.slots.iter().for_each(|slot| slot.want_rest());
     }
 
-    /// Lets every parked vCPU run.
+    /// Returns when all threads rest. Their vCPUs must be parked and stay so.
+    pub(crate) fn rest_threads(&self) -> Result<(), MachineError> {
+        self.ready()?;
+        self.on_each(|slot| if slot.is_running() { Err(VcpuError::Running) } else { Ok(()) })?;
+        self.want_rest();
+        let until = Instant::now() + RESTS_WITHIN;
+        // They are on their way, which takes less than going to sleep here.
+        self.on_each(|slot| {
+            while !slot.rests() {
+                if Instant::now() > until {
+                    return Err(VcpuError::Restless);
+                }
+                std::thread::yield_now();
+            }
+            Ok(())
+        })
+    }
+
+    /// Lets every parked vCPU run. Where they take turns it returns when they have had them: what the caller does next
+    /// would take the CPU of one.
     ///
     /// # Errors
-    /// The vCPU whose thread has ended.
+    /// The vCPU that is gone, or for which no thread could be started. Those before it run.
     pub fn resume(&self) -> Result<(), MachineError> {
+        let process = self.begin_here()?;
         let turns = Turns::new(&self.slots);
         let mut given = Vec::new();
         if self.count() > 1 && self.count() >= usable_cpus() {
@@ -159,13 +186,16 @@ impl Vcpus {
             *self.turns() = Arc::clone(&turns);
         }
         let posted = self.on_each(|slot| match slot.post_run(given.pop()) {
+            // One that has to be started finds its work, and begins.
+            Ok(()) => self.ensure_thread(slot, process),
             // The turn of one that runs already is over, by being dropped.
             Err(VcpuError::Running) => Ok(()),
-            result => result,
+            Err(error) => Err(error),
         });
         // Those after a vCPU that failed got none.
         drop(given);
         turns.wake_all();
+        turns.wait_all(TURNS_WITHIN);
         posted
     }
 

@@ -30,11 +30,14 @@ impl App {
         self.emit_migration_event();
         self.deliver_events();
         self.stop_told = true;
+        if let Some(hardware) = &self.parts.hardware {
+            hardware.machine.rest_when_paused();
+        }
     }
 
-    /// Threads end here, in good order; [`App::run_guest`] starts them anew.
-    pub(super) fn end_threads(&mut self) -> anyhow::Result<()> {
-        Ok(self.hardware()?.machine.dismiss_threads()?)
+    /// The exec ends threads where they stand; [`App::run_guest`] wakes them if it fails, or starts new ones.
+    pub(super) fn rest_threads(&mut self) -> anyhow::Result<()> {
+        Ok(self.hardware()?.machine.rest_threads()?)
     }
 
     /// The first thing in the keeper.

@@ -634,7 +634,7 @@ impl Host for App {
             _ if self.guest_has_ended() => Ok(()),
             GuestActivity::Running => Ok(self.run_guest()?),
             GuestActivity::Paused => {
-                // Threads that ended for a departure are looked for by monitors.
+                // Those that a departure has ended are looked for by monitors.
                 self.hardware()?.machine.recall_threads()?;
                 self.set_run_state(self.state_before_update);
                 Ok(())
@@ -667,7 +667,7 @@ impl Host for App {
     }
 
     fn depart(&mut self) -> Result<(), BoxError> {
-        Ok(self.end_threads()?)
+        Ok(self.rest_threads()?)
     }
 
     fn departed(&mut self) -> Result<(), BoxError> {
