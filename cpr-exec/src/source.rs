@@ -16,7 +16,7 @@ use cpr_core::{
 };
 use oslib::eventfd::EventFd;
 use oslib::exec::{FileIdentity, PreparedExec, ProgramError};
-use oslib::keeper::Keeper;
+use oslib::keeper::{Departed, HeadStart, Keeper};
 use oslib::pidfd::PidFd;
 use oslib::signals::{self, SignalMask};
 
@@ -212,8 +212,11 @@ impl CprExec {
 
     /// In the keeper: what the target is doing.
     fn look_at_target(&mut self, attempt: &Attempt<'_>) -> Result<(TargetPhase, Wait), BoxError> {
-        let departure = self.departure.lock().unwrap_or_else(PoisonError::into_inner);
-        let successor = &departure.as_ref().ok_or("the program has not left its process")?.successor;
+        let mut departure = self.departure.lock().unwrap_or_else(PoisonError::into_inner);
+        let Departure { successor, head_start, .. } =
+            departure.as_mut().ok_or("the program has not left its process")?;
+        // The guest runs again.
+        *head_start = None;
         let doorbell = self.doorbell.as_ref().ok_or("there is no doorbell")?;
         // Before the words are read: a ring that comes between the two wakes the next wait.
         doorbell.drain()?;
@@ -417,6 +420,8 @@ fn end_successor(successor: &PidFd) {
 #[derive(Debug)]
 struct Departure {
     successor: PidFd,
+    /// Until the guest runs.
+    head_start: Option<HeadStart>,
     /// Signals that were blocked before all were.
     mask: SignalMask,
     /// What the process was called.
@@ -459,10 +464,10 @@ impl LastAct {
         let name = oslib::process::name().ok();
         let mask = signals::block_all().map_err(|error| format!("signals could not be blocked: {error}"))?;
         let error = match self.clear_and_exec() {
-            Ok(successor) => {
+            Ok(Departed { successor, head_start }) => {
                 if let Some(departure) = &self.departure {
                     *departure.lock().unwrap_or_else(PoisonError::into_inner) =
-                        Some(Departure { successor, mask, name });
+                        Some(Departure { successor, head_start: Some(head_start), mask, name });
                 }
                 return Ok(());
             }
@@ -485,7 +490,7 @@ impl LastAct {
         Err(error)
     }
 
-    fn clear_and_exec(&self) -> Result<PidFd, BoxError> {
+    fn clear_and_exec(&self) -> Result<Departed, BoxError> {
         // Before the descriptors are made to survive: the keeper's table is a copy, and programs that it may start later
         // must not inherit them.
         let keeper = match &self.departure {
@@ -509,7 +514,7 @@ impl LastAct {
         self.control.timeline().stamp(Stamp::Executed);
         let error = match keeper {
             Some(keeper) => match keeper.exec(&self.exec) {
-                Ok(departed) => return Ok(departed.successor),
+                Ok(departed) => return Ok(departed),
                 Err(error) => error,
             },
             None => {

@@ -50,8 +50,12 @@ use self::stack::Stack;
 
 /// One for the whole address space: there is one main thread to leave it. The kernel writes to it whenever that thread
 /// leaves, so it must last as long as the address space.
-static ORDERS: Orders =
-    Orders { held: AtomicU32::new(0), stack_pointer: AtomicUsize::new(0), go_on: AtomicUsize::new(0) };
+static ORDERS: Orders = Orders {
+    held: AtomicU32::new(0),
+    stack_pointer: AtomicUsize::new(0),
+    go_on: AtomicUsize::new(0),
+    goes_first: AtomicBool::new(false),
+};
 static IN_USE: AtomicBool = AtomicBool::new(false);
 
 /// A keeper that waits for the exec.
@@ -73,6 +77,25 @@ pub struct Departed {
     /// The process that was left, and that executes the new program now. It is this process's parent, as long as it lives;
     /// readable when it has ended.
     pub successor: PidFd,
+    /// To be dropped once what cannot wait has been done.
+    pub head_start: HeadStart,
+}
+
+/// As long as this is there, the main thread of the keeper runs before the successor, which would otherwise keep its CPU for
+/// the milliseconds that an exec and a start take. Where that is not allowed (`CAP_SYS_NICE`, `RLIMIT_RTPRIO`), or the
+/// process is not scheduled in the ordinary way, it is nothing.
+#[derive(Debug)]
+pub struct HeadStart {
+    goes_first: bool,
+}
+
+impl Drop for HeadStart {
+    fn drop(&mut self) {
+        if self.goes_first {
+            // Both are allowed to everybody. It was an ordinary process before.
+            let _ = crate::process::schedule_normally(std::process::id());
+        }
+    }
 }
 
 impl Keeper {
@@ -143,7 +166,8 @@ impl Keeper {
                 drop(this.stack.take());
                 IN_USE.store(false, Ordering::Release);
                 let successor = this.parent.take().ok_or(io::ErrorKind::NotFound)?;
-                Ok(Departed { successor })
+                let head_start = HeadStart { goes_first: ORDERS.goes_first.load(Ordering::Acquire) };
+                Ok(Departed { successor, head_start })
             }
             Err(error) => {
                 self.end()?;

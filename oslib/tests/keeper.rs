@@ -177,6 +177,7 @@ fn exec_into(target: &str, ram_bytes: u64) {
     assert_eq!(OF_THE_MAIN_THREAD.get(), 77);
     assert_eq!(ram.read_u64(4096).unwrap(), 4096);
     let never_blocked = 1 << (libc::SIGKILL - 1) | 1 << (libc::SIGSTOP - 1);
+    drop(departed.head_start);
     assert_eq!(policy(), before, "how it is scheduled");
     assert_eq!(signals::current().unwrap().bits() | never_blocked | 3 << 31, u64::MAX);
     // It can do what a program does: allocate, start threads and join them, panic and catch it, talk.

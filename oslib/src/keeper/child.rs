@@ -6,7 +6,7 @@
 
 use std::arch::asm;
 use std::ffi::{c_int, c_void};
-use std::sync::atomic::{AtomicU32, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicUsize, Ordering};
 
 use super::raw;
 
@@ -21,6 +21,8 @@ pub(super) struct Orders {
     /// The stack pointer with which the parent called execve(2), and where to go on with it; 0 before.
     pub(super) stack_pointer: AtomicUsize,
     pub(super) go_on: AtomicUsize,
+    /// The keeper runs before all ordinary processes.
+    pub(super) goes_first: AtomicBool,
 }
 
 /// The keeper from its first instruction on. `orders` points to [`Orders`] that last.
@@ -31,12 +33,9 @@ pub(super) extern "C" fn main(orders: *mut c_void) -> c_int {
     raw::block_signals(u64::MAX);
     raw::set_name(c"cpr-keeper");
     // The parent goes on at once when it wakes us, in a system call that takes a millisecond, and may well have our CPU.
-    let ordinary = raw::schedule_first();
+    orders.goes_first.store(raw::schedule_first(), Ordering::Release);
     while orders.held.load(Ordering::Acquire) == HELD {
         raw::futex_wait(&orders.held, HELD);
-    }
-    if let Some(ordinary) = ordinary {
-        raw::schedule(ordinary, 0);
     }
     let stack_pointer = orders.stack_pointer.load(Ordering::Acquire);
     if stack_pointer == 0 {

@@ -35,21 +35,21 @@ pub(super) fn block_signals(mask: u64) {
     unsafe { syscall(libc::SYS_rt_sigprocmask, [how, &raw const mask as usize, 0, size_of_val(&mask), 0]) };
 }
 
-/// Has this process run before all ordinary ones, if it is allowed to, and returns how it was scheduled. What it starts
-/// meanwhile is ordinary.
-pub(super) fn schedule_first() -> Option<libc::c_int> {
-    // SAFETY: takes no pointer; process 0 is the caller.
-    let policy = unsafe { syscall(libc::SYS_sched_getscheduler, [0; 5]) } as libc::c_int;
-    let ordinary = matches!(policy, libc::SCHED_OTHER | libc::SCHED_BATCH | libc::SCHED_IDLE);
-    (ordinary && schedule(libc::SCHED_FIFO | libc::SCHED_RESET_ON_FORK, 1) == 0).then_some(policy)
-}
-
-/// See sched_setscheduler(2).
-pub(super) fn schedule(policy: libc::c_int, priority: libc::c_int) -> isize {
-    let parameters = libc::sched_param { sched_priority: priority };
-    let policy = policy as usize;
+/// Has this process run before all ordinary ones, if it is itself quite ordinary and allowed to; tells whether. What it
+/// starts meanwhile is ordinary.
+pub(super) fn schedule_first() -> bool {
+    // SAFETY: neither takes a pointer; process 0 is the caller.
+    let (policy, niceness) = unsafe {
+        let policy = syscall(libc::SYS_sched_getscheduler, [0; 5]);
+        (policy, 20 - syscall(libc::SYS_getpriority, [libc::PRIO_PROCESS as usize, 0, 0, 0, 0]))
+    };
+    if policy != libc::SCHED_OTHER as isize || niceness != 0 {
+        return false;
+    }
+    let parameters = libc::sched_param { sched_priority: 1 };
+    let policy = (libc::SCHED_FIFO | libc::SCHED_RESET_ON_FORK) as usize;
     // SAFETY: reads the parameters; process 0 is the caller.
-    unsafe { syscall(libc::SYS_sched_setscheduler, [0, policy, &raw const parameters as usize, 0, 0]) }
+    unsafe { syscall(libc::SYS_sched_setscheduler, [0, policy, &raw const parameters as usize, 0, 0]) == 0 }
 }
 
 /// Waits until somebody wakes `word`, unless its value is not `expected`; may return for no reason.
