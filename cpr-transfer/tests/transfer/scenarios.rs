@@ -242,7 +242,7 @@ fn a_target_that_has_nothing_is_left_alone() {
     let mut target = std::process::Command::new("sleep").arg("1000").spawn().unwrap();
     let process = PidFd::open(target.id()).unwrap();
     let (path, _folder, thread) = answering(move |peer| {
-        say(peer, b"HELO", 1, &[process.as_fd()]);
+        say(peer, b"HELO", VERSION, &[process.as_fd()]);
         say(peer, b"NOPE", u32::from_le_bytes(*b"what"), &[]);
     });
     fails(&mut Machine::create(0), &path, "the target refuses: what");
