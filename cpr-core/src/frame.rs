@@ -339,6 +339,9 @@ pub struct Frame {
     sections: BTreeMap<(String, u32), Section>,
 }
 
+/// What a reader has room for before it knows more, in bytes.
+const ROOM: usize = 4096;
+
 impl Frame {
     /// Parses and checks a frame that is all of `bytes`.
     ///
@@ -393,11 +396,13 @@ impl Frame {
     /// # Errors
     /// As [`parse`](Self::parse), or the stream cannot be read.
     pub fn read_from(mut stream: impl Read) -> Result<Frame, FrameError> {
-        let mut bytes = Vec::new();
+        let mut bytes = Vec::with_capacity(ROOM);
         stream.by_ref().take(HEADER_LEN as u64).read_to_end(&mut bytes)?;
         let header = Header::parse(&bytes)?;
         // One byte more than announced, so that trailing bytes are noticed.
         let rest = header.total_len - HEADER_LEN as u64 + 1;
+        // At once, if it is likely; more is believed when it is there.
+        bytes.reserve_exact(usize::try_from(rest).map_or(ROOM, |rest| rest.min(1 << 20)) + 1);
         stream.take(rest).read_to_end(&mut bytes)?;
         Frame::parse(&bytes)
     }

@@ -100,8 +100,9 @@ impl From<FdEntry> for DescriptorEntry {
 /// let manifest = Manifest::default().section("clock", 0, 1..=2).section("nic", 0, 1..=1);
 /// let catalogue = SectionCatalogue::default().reads("clock", 1..=1);
 /// let Verdict::Refused(reasons) = catalogue.judge(&manifest, []) else { panic!() };
-/// assert_eq!(reasons.len(), 1, "the clock can be written as version 1; a nic is not known");
-/// assert!(reasons[0].contains("'nic'"));
+/// let says = |name| reasons.iter().any(|reason| reason.contains(name));
+/// // The clock can be written as version 1; a nic is not known.
+/// assert!(says("'nic'") && !says("'clock'"));
 /// ```
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Manifest {

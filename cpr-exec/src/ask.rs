@@ -29,7 +29,7 @@ use oslib::signals::SignalMask;
 use oslib::spawn::{self, Spawned, Streams};
 
 use crate::channel::ChannelWire;
-use crate::fallback::{LAST_BYTES, with_words};
+use crate::fallback::{told, with_words};
 use crate::{PREFLIGHT_VARIABLE, environment, names};
 
 /// Bytes of a verdict's frame, at most.
@@ -160,7 +160,6 @@ impl Asking {
         }
         // Behind what was said there is nothing but zeros.
         let end = said.iter().rposition(|&byte| byte != 0).map_or(0, |last| last + 1);
-        let start = end.saturating_sub(LAST_BYTES);
-        String::from_utf8_lossy(&said[start..end]).trim().to_owned()
+        told(&said[..end])
     }
 }

@@ -144,14 +144,24 @@ pub(crate) struct LastWords {
 }
 
 /// Bytes of last words that are told.
-pub(crate) const LAST_BYTES: usize = 2048;
+const TOLD_BYTES: usize = 2048;
+
+/// What a program has `said`, for a message. Of much the beginning, where a panic says what it is before it lists its stack,
+/// and the end.
+pub(crate) fn told(said: &[u8]) -> String {
+    let said = said.trim_ascii();
+    if said.len() <= TOLD_BYTES {
+        return String::from_utf8_lossy(said).into_owned();
+    }
+    let [first, last] = [&said[..TOLD_BYTES / 2], &said[said.len() - TOLD_BYTES / 2..]];
+    let [first, last] = [first, last].map(|part| String::from_utf8_lossy(part.trim_ascii()));
+    format!("{first} [...] {last}")
+}
 
 impl LastWords {
-    /// The end of what was said so far.
+    /// What was said so far.
     pub(crate) fn read(&self) -> String {
-        let len = oslib::memfd::len(&self.memfd).unwrap_or(0);
-        let bytes = self.read_from(len.saturating_sub(LAST_BYTES as u64));
-        String::from_utf8_lossy(&bytes).trim().to_owned()
+        told(&self.bytes())
     }
 
     /// Says all of it to standard error itself, which it puts back if it was replaced.
@@ -159,18 +169,18 @@ impl LastWords {
         if let Err(error) = stream::replace_stderr(&self.original) {
             tracing::error!(%error, "standard error could not be put back");
         }
-        stream::write_stderr(&self.read_from(0));
+        stream::write_stderr(&self.bytes());
     }
 
-    fn read_from(&self, from: u64) -> Vec<u8> {
+    fn bytes(&self) -> Vec<u8> {
         use std::os::unix::fs::FileExt;
         let Ok(file) = self.memfd.as_fd().try_clone_to_owned().map(std::fs::File::from) else {
             return Vec::new();
         };
-        let len = oslib::memfd::len(&self.memfd).unwrap_or(0).saturating_sub(from);
+        let len = oslib::memfd::len(&self.memfd).unwrap_or(0);
         let mut bytes = vec![0; usize::try_from(len).unwrap_or(0)];
         // By position: the offset is where the program goes on writing.
-        match file.read_at(&mut bytes, from) {
+        match file.read_at(&mut bytes, 0) {
             Ok(count) => bytes.truncate(count),
             Err(_) => bytes.clear(),
         }
@@ -181,4 +191,18 @@ impl LastWords {
 /// `what`, and why: the words that were found, if there are any.
 pub(crate) fn with_words(what: String, words: &str) -> String {
     if words.is_empty() { what } else { format!("{what}: {words}") }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn of_much_the_beginning_and_the_end_are_told() {
+        assert_eq!(told(b" short\n"), "short");
+        let much = [b"panicked at".to_vec(), vec![b'.'; 5000], b"main".to_vec()].concat();
+        let words = told(&much);
+        assert!(words.starts_with("panicked at..") && words.ends_with("..main"), "{words}");
+        assert!(words.contains(".. [...] ..") && words.len() < TOLD_BYTES + 10);
+    }
 }
