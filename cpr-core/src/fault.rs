@@ -76,7 +76,7 @@ points! {
     EarlyFrame "early-frame" [S S S] "data";
     /// The message that carries the descriptors.
     Introduction "introduction" [N N S] "data";
-    /// The guest stands still, and the threads of its vCPUs have ended.
+    /// The guest stands still, and the threads of its vCPUs rest.
     Leave "leave" [N S N];
     /// Just before the exec: the keeper waits for it, descriptors are inheritable.
     Terminal "terminal" [S S N];
