@@ -92,8 +92,8 @@ pub struct HeadStart {
 impl Drop for HeadStart {
     fn drop(&mut self) {
         if self.goes_first {
-            // Both are allowed to everybody. It was an ordinary process before.
-            let _ = crate::process::schedule_normally(std::process::id());
+            // It was an ordinary process before. There is nobody to tell of a failure, and none is documented.
+            let _ = crate::process::schedule_thread_normally();
         }
     }
 }

@@ -40,7 +40,8 @@ pub fn step_aside(mut slow: Vec<RawFd>, code: i32) -> ! {
     let parameters = libc::sched_param { sched_priority: 0 };
     // SAFETY: the parameters outlive the call, which only reads them; process 0 is the caller.
     unsafe {
-        libc::sched_setscheduler(0, libc::SCHED_BATCH, &raw const parameters);
+        let kept = libc::sched_getscheduler(0) & libc::SCHED_RESET_ON_FORK;
+        libc::sched_setscheduler(0, libc::SCHED_BATCH | kept, &raw const parameters);
         libc::setpriority(libc::PRIO_PROCESS, 0, ASIDE);
     }
     let _ = fs::write("/proc/self/oom_score_adj", "1000");
@@ -66,6 +67,22 @@ pub fn schedule_normally(pid: u32) -> io::Result<()> {
     })?;
     // SAFETY: takes no pointer.
     nix::errno::Errno::result(unsafe { libc::setpriority(libc::PRIO_PROCESS, pid.cast_unsigned(), 0) })?;
+    Ok(())
+}
+
+/// Schedules the calling thread as an ordinary one (sched(7)). Allowed to everybody, whatever it was.
+///
+/// # Errors
+/// None that the kernel documents.
+pub(crate) fn schedule_thread_normally() -> io::Result<()> {
+    let parameters = libc::sched_param { sched_priority: 0 };
+    // To take the flag back takes a privilege that its setting did not. What is ordinary has no use for it.
+    // SAFETY: takes no pointer; process 0 is the calling thread.
+    let kept = unsafe { libc::sched_getscheduler(0) } & libc::SCHED_RESET_ON_FORK;
+    // SAFETY: the parameters outlive the call, which only reads them.
+    nix::errno::Errno::result(unsafe {
+        libc::sched_setscheduler(0, libc::SCHED_OTHER | kept, &raw const parameters)
+    })?;
     Ok(())
 }
 

@@ -187,6 +187,10 @@ fn faults(tally: &mut Tally) -> Result<()> {
     // The guests of the tests keep every CPU busy that they get.
     command.env("RUST_TEST_THREADS", "2");
     libtest("updates that fail", &mut command, tally)?;
+    let mut steps = cargo();
+    steps.args(["test", "-p", "vmm-core", "--features", "fault-injection", "--test", "machine"]);
+    steps.arg("a_step_that_is_left_out").arg("--target-dir").arg(&target);
+    libtest("updates that fail", &mut steps, tally)?;
     if let Ok(table) = std::fs::read_to_string(&matrix) {
         println!("{table}");
     }
@@ -195,11 +199,16 @@ fn faults(tally: &mut Tally) -> Result<()> {
 
 /// Updates from and to a program that writes the state as the release before did.
 fn versions(tally: &mut Tally) -> Result<()> {
+    const LANE: &str = "updates between releases";
     title("updates between releases (previous-format)");
-    let mut command = cargo();
-    command.args(["test", "-p", "vmm", "--features", "previous-format", "--test", "versions"]);
-    command.arg("--target-dir").arg(target_folder()?.join("versions"));
-    libtest("updates between releases", &mut command, tally)
+    let target = target_folder()?.join("versions");
+    for arguments in [["-p", "cpr-core", "--lib", "section"], ["-p", "vmm", "--test", "versions"]] {
+        let mut command = cargo();
+        command.args(["test", "--features", "previous-format", "--no-fail-fast"]).args(arguments);
+        command.arg("--target-dir").arg(&target).env("RUST_TEST_THREADS", "2");
+        libtest(LANE, &mut command, tally)?;
+    }
+    Ok(())
 }
 
 /// The program that users get must not know how to leave out steps of a restore.

@@ -43,7 +43,7 @@ pub(super) fn schedule_first() -> bool {
         let policy = syscall(libc::SYS_sched_getscheduler, [0; 5]);
         (policy, 20 - syscall(libc::SYS_getpriority, [libc::PRIO_PROCESS as usize, 0, 0, 0, 0]))
     };
-    if policy != libc::SCHED_OTHER as isize || niceness != 0 {
+    if policy & !(libc::SCHED_RESET_ON_FORK as isize) != libc::SCHED_OTHER as isize || niceness != 0 {
         return false;
     }
     let parameters = libc::sched_param { sched_priority: 1 };

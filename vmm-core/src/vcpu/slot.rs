@@ -288,8 +288,13 @@ impl Slot {
 
     /// Asks the thread, if there is one, for help. Nobody is told whether it comes to it.
     pub(super) fn post_job(&self, job: Job) {
-        self.lock().requests.push_back(Request::Job(job));
-        self.wake();
+        let mut inner = self.lock();
+        // One that rests would come to it when it is long done.
+        if self.rest.load(Ordering::SeqCst) == rest::NO {
+            inner.requests.push_back(Request::Job(job));
+            drop(inner);
+            self.wake();
+        }
     }
 
     /// Tells the thread to end. One that runs the guest does so once it has parked.
@@ -338,7 +343,11 @@ impl Slot {
     }
 
     pub(super) fn fail(&self, error: VcpuError) {
-        self.set_place(Place::Failed(error));
+        let before = std::mem::replace(&mut self.lock().place, Place::Failed(error));
+        self.news.notify_all();
+        if matches!(before, Place::Running) {
+            self.running.one_less();
+        }
     }
 
     pub(super) fn park(&self, cpu: Cpu) {

@@ -131,11 +131,15 @@ impl VcpuThread {
         if !slot.allow_guest() {
             return;
         }
-        // Without the signal the turn lasts until the vCPU leaves by itself.
-        if turn.is_some() && cpu.vcpu.set_signal_mask(Some(TurnTimer::mask(thread_mask()))).is_ok() {
+        // Otherwise the turn lasts until the vCPU leaves by itself.
+        let ends_turn = turn.is_some()
+            && timer.make()
+            && cpu.vcpu.set_signal_mask(Some(TurnTimer::mask(thread_mask()))).is_ok();
+        observer.first_run(slot.index);
+        if ends_turn {
+            // Last of all: a ring that comes before `KVM_RUN` keeps the vCPU from entering.
             timer.start();
         }
-        observer.first_run(slot.index);
         let mut told = false;
         let failure = loop {
             let exit = cpu.vcpu.run();

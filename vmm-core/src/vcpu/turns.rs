@@ -127,8 +127,8 @@ impl TurnTimer {
         of_thread.without(TURN_SIGNAL as i32)
     }
 
-    /// Starts the clock. Without one, which the system may refuse, the turn lasts until the vCPU leaves by itself.
-    pub(super) fn start(&mut self) {
+    /// Makes the clock, which takes longer than to start it; tells whether there is one, as the system may refuse it.
+    pub(super) fn make(&mut self) -> bool {
         if self.0.is_none() {
             let notify = SigevNotify::SigevThreadId {
                 signal: TURN_SIGNAL,
@@ -137,8 +137,12 @@ impl TurnTimer {
             };
             self.0 = Timer::new(ClockId::CLOCK_MONOTONIC, SigEvent::new(notify)).ok();
         }
-        // Again and again, for the first signal may come before the vCPU is in KVM_RUN.
-        self.set(Expiration::IntervalDelayed(TimeSpec::from_duration(TURN), TimeSpec::from_duration(TURN)));
+        self.0.is_some()
+    }
+
+    /// Starts the clock, which rings once.
+    pub(super) fn start(&mut self) {
+        self.set(Expiration::OneShot(TimeSpec::from_duration(TURN)));
     }
 
     pub(super) fn stop(&mut self) {
@@ -213,14 +217,17 @@ mod tests {
     }
 
     #[test]
-    fn the_timer_rings_again_and_again_until_it_is_stopped() {
+    fn the_timer_rings_once_and_leaves_nothing_behind() {
         let turn = SignalMask::of(&[TURN_SIGNAL as i32]);
         signals::block(turn).unwrap();
         let mut timer = TurnTimer::default();
-        timer.start();
+        assert!(timer.make() && timer.make());
         for _ in 0..3 {
+            timer.start();
             SigSet::from(TURN_SIGNAL).wait().unwrap();
+            assert!(!signals::take_pending(TURN_SIGNAL as i32));
         }
+        timer.start();
         std::thread::sleep(10 * TURN);
         timer.stop();
         assert!(!signals::take_pending(TURN_SIGNAL as i32), "one was left behind");

@@ -68,8 +68,8 @@ impl Vcpus {
         Ok(vcpus)
     }
 
-    /// Starts a thread for every vCPU that has none in this process, and ends the rest of the others. Does not wait for
-    /// them to be under way.
+    /// Starts a thread for every vCPU that has none in this process, and wakes those that rest. Does not wait for them to be
+    /// under way.
     pub(crate) fn recall_threads(&self) -> Result<(), MachineError> {
         let process = self.begin_here()?;
         self.on_each(|slot| self.ensure_thread(slot, process))
@@ -186,16 +186,17 @@ impl Vcpus {
             *self.turns() = Arc::clone(&turns);
         }
         let posted = self.on_each(|slot| match slot.post_run(given.pop()) {
-            // One that has to be started finds its work, and begins.
-            Ok(()) => self.ensure_thread(slot, process),
-            // The turn of one that runs already is over, by being dropped.
-            Err(VcpuError::Running) => Ok(()),
+            // One that has to be started finds its work, and begins. The turn of one that runs already is over, by being
+            // dropped; it may be about to rest.
+            Ok(()) | Err(VcpuError::Running) => self.ensure_thread(slot, process),
             Err(error) => Err(error),
         });
         // Those after a vCPU that failed got none.
         drop(given);
         turns.wake_all();
         turns.wait_all(TURNS_WITHIN);
+        // A turn whose timer the system refused may last for ever, and others wait for its end.
+        turns.cut_short();
         posted
     }
 

@@ -35,7 +35,7 @@ impl App {
         }
     }
 
-    /// The exec ends threads where they stand; [`App::run_guest`] wakes them if it fails, or starts new ones.
+    /// The exec ends threads where they stand; what resumes the guest wakes them if it fails, or starts new ones.
     pub(super) fn rest_threads(&mut self) -> anyhow::Result<()> {
         Ok(self.hardware()?.machine.rest_threads()?)
     }

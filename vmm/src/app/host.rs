@@ -283,6 +283,15 @@ pub struct Arrived {
     serial_input: Vec<u8>,
 }
 
+/// What the main frame of a guest in storage says of its machine type.
+///
+/// # Errors
+/// The section is missing or damaged.
+pub(super) fn machine_type(main: &mut Frame) -> anyhow::Result<String> {
+    let machine: MachineSection = formats::take(main, 0)?;
+    Ok(machine.machine_type)
+}
+
 /// Takes what the main frame says of the guest.
 ///
 /// # Errors

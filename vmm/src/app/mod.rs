@@ -356,6 +356,13 @@ impl App {
                 Outcome::Failed { .. } => self.come_back(),
             }
         }
+        if matches!(outcome, Outcome::Failed { .. })
+            && let Some(hardware) = &self.parts.hardware
+            && let Err(error) = hardware.machine.recall_threads()
+        {
+            // They were to rest for a departure that may never have come about.
+            tracing::error!(%error, "a vCPU is without a thread");
+        }
         if std::mem::take(&mut self.stop_told) && self.parts.run_state == RunState::Running {
             self.emit("RESUME", None);
         }

@@ -13,6 +13,7 @@ use cpr_core::{Incoming, Stamp};
 use cpr_reboot::{FileError, Kept, Memory, RamSource, Region, StateFile, Whereabouts};
 use vmm_core::memory::GuestRam;
 
+use super::host::machine_type;
 use super::{App, GONE, RESTS, read_machine};
 use crate::arriving::{Arriving, Predecessor};
 use crate::cli::config::{Config, MemoryBackend};
@@ -70,8 +71,8 @@ impl App {
         self.parts.settings.check_storage()?;
         let (path, offset) = storage_channel(channel)?;
         let found = self.look_at(&path, offset);
-        let (state, ram) = found.map_err(|error| QmpError::generic(errors::text(error.as_ref())))?;
-        self.fetch(state, ram).map_err(|error| self.cannot_take_over(&error))?;
+        let found = found.map_err(|error| QmpError::generic(errors::text(error.as_ref())))?;
+        self.fetch(found).map_err(|error| self.cannot_take_over(&error))?;
         Ok(Reply::empty())
     }
 
@@ -81,23 +82,28 @@ impl App {
     /// The guest cannot be taken over.
     pub(super) fn fetch_from(&mut self, channel: Channel) -> anyhow::Result<()> {
         let (path, offset) = storage_channel(channel)?;
-        let (state, ram) = self.look_at(&path, offset).context("-incoming")?;
-        self.fetch(state, ram)
+        let found = self.look_at(&path, offset).context("-incoming")?;
+        self.fetch(found)
     }
 
     /// Opens the guest's state and RAM, and changes neither.
-    fn look_at(&self, path: &Path, offset: u64) -> anyhow::Result<(StateFile, Ram)> {
-        let config = &self.parts.config;
+    fn look_at(&self, path: &Path, offset: u64) -> anyhow::Result<Found> {
+        let mut config = self.parts.config.clone();
         let state = open_state(path, offset)?;
         let of_file = || format!("state file '{}'", path.display());
-        let machine = read_machine(&mut state.read_main()?, config).with_context(of_file)?;
+        // The guest keeps the hardware that it had.
+        let kept = machine_type(&mut state.read_main()?).with_context(of_file)?;
+        config.machine.adopt(&kept).map_err(anyhow::Error::msg).with_context(of_file)?;
+        let machine = read_machine(&mut state.read_main()?, &config).with_context(of_file)?;
         machine.state.check().with_context(of_file)?;
-        let origin = ram_origin(&state.regions(), config).with_context(of_file)?;
-        Ok((state, startup::open_ram(config, &self.parts.services.registry, origin)?))
+        let origin = ram_origin(&state.regions(), &config).with_context(of_file)?;
+        let ram = startup::open_ram(&config, &self.parts.services.registry, origin)?;
+        Ok(Found { state, ram, config })
     }
 
     /// Fills the RAM, builds the machine around it, and runs the guest if it ran.
-    fn fetch(&mut self, mut state: StateFile, ram: Ram) -> anyhow::Result<()> {
+    fn fetch(&mut self, Found { mut state, ram, config }: Found) -> anyhow::Result<()> {
+        self.parts.config = config;
         self.parts.in_storage = false;
         let arrival = state.arrive()?;
         self.progress.control = Some(arrival.control.clone());
@@ -135,6 +141,14 @@ impl App {
         let output = startup::serial_output(config, &self.parts.chardevs);
         ram.into_hardware(config, output, self.parts.observer.clone())
     }
+}
+
+/// A guest in storage that fits into this program.
+struct Found {
+    state: StateFile,
+    ram: Ram,
+    /// The command line's, with what the guest brings.
+    config: Config,
 }
 
 /// Opens a state file.
