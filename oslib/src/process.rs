@@ -11,6 +11,7 @@ use std::os::fd::{AsFd, AsRawFd, RawFd};
 use std::path::PathBuf;
 
 use nix::dir::Dir;
+use nix::errno::Errno;
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
 use nix::sys::signal::Signal;
 use nix::sys::{prctl, stat::Mode};
@@ -37,13 +38,9 @@ pub fn step_aside(mut slow: Vec<RawFd>, code: i32) -> ! {
     close_range(from, u32::MAX);
     // Not SCHED_IDLE: beside guests that keep every CPU busy it would hardly run at all, and it would do so holding what
     // others wait for (the kernel's SRCU of MMU notifiers, which all VMs share).
-    let parameters = libc::sched_param { sched_priority: 0 };
-    // SAFETY: the parameters outlive the call, which only reads them; process 0 is the caller.
-    unsafe {
-        let kept = libc::sched_getscheduler(0) & libc::SCHED_RESET_ON_FORK;
-        libc::sched_setscheduler(0, libc::SCHED_BATCH | kept, &raw const parameters);
-        libc::setpriority(libc::PRIO_PROCESS, 0, ASIDE);
-    }
+    let _ = set_policy(0, libc::SCHED_BATCH);
+    // SAFETY: takes no pointer; process 0 is the caller.
+    unsafe { libc::setpriority(libc::PRIO_PROCESS, 0, ASIDE) };
     let _ = fs::write("/proc/self/oom_score_adj", "1000");
     // SAFETY: ends the process.
     unsafe { libc::_exit(code) }
@@ -60,13 +57,9 @@ fn close_range(first: u32, last: u32) {
 /// EACCES or EPERM without `CAP_SYS_NICE` or a permissive `RLIMIT_NICE`; ESRCH if there is no such process.
 pub fn schedule_normally(pid: u32) -> io::Result<()> {
     let pid = i32::try_from(pid).map_err(|_| io::ErrorKind::InvalidInput)?;
-    let parameters = libc::sched_param { sched_priority: 0 };
-    // SAFETY: the parameters outlive the call, which only reads them.
-    nix::errno::Errno::result(unsafe {
-        libc::sched_setscheduler(pid, libc::SCHED_OTHER, &raw const parameters)
-    })?;
+    set_policy(pid, libc::SCHED_OTHER)?;
     // SAFETY: takes no pointer.
-    nix::errno::Errno::result(unsafe { libc::setpriority(libc::PRIO_PROCESS, pid.cast_unsigned(), 0) })?;
+    Errno::result(unsafe { libc::setpriority(libc::PRIO_PROCESS, pid.cast_unsigned(), 0) })?;
     Ok(())
 }
 
@@ -75,14 +68,17 @@ pub fn schedule_normally(pid: u32) -> io::Result<()> {
 /// # Errors
 /// None that the kernel documents.
 pub(crate) fn schedule_thread_normally() -> io::Result<()> {
+    set_policy(0, libc::SCHED_OTHER)
+}
+
+/// Gives `pid`, or the calling thread for 0, a policy without a priority of its own. `SCHED_RESET_ON_FORK` stays if it is
+/// set: to take it back is a privilege, which its setting is not, and what is ordinary has no use for it.
+fn set_policy(pid: i32, policy: libc::c_int) -> io::Result<()> {
     let parameters = libc::sched_param { sched_priority: 0 };
-    // To take the flag back takes a privilege that its setting did not. What is ordinary has no use for it.
-    // SAFETY: takes no pointer; process 0 is the calling thread.
-    let kept = unsafe { libc::sched_getscheduler(0) } & libc::SCHED_RESET_ON_FORK;
+    // SAFETY: takes no pointer.
+    let kept = Errno::result(unsafe { libc::sched_getscheduler(pid) })? & libc::SCHED_RESET_ON_FORK;
     // SAFETY: the parameters outlive the call, which only reads them.
-    nix::errno::Errno::result(unsafe {
-        libc::sched_setscheduler(0, libc::SCHED_OTHER | kept, &raw const parameters)
-    })?;
+    Errno::result(unsafe { libc::sched_setscheduler(pid, policy | kept, &raw const parameters) })?;
     Ok(())
 }
 

@@ -13,7 +13,6 @@ use nix::sys::signal::{SigEvent, SigevNotify, Signal};
 use nix::sys::time::TimeSpec;
 use nix::sys::timer::{Expiration, Timer, TimerSetTimeFlags};
 use nix::time::ClockId;
-
 use oslib::signals::{self, SignalMask};
 
 use super::slot::Slot;
