@@ -13,6 +13,7 @@
 //! | what is saved, as it travels | [`state`] |
 //! | time beyond one boot of the host | [`time`] |
 //! | I/O ports, MMIO, small devices, COM1 | [`ports`], [`platform`], [`serial`] |
+//! | virtio devices | [`virtio`] |
 //! | loading a kernel | [`boot`] |
 //! | a guest for tests and measurements | [`payload`] |
 //! | the ioctls | [`kvm`] |
@@ -31,5 +32,6 @@ pub mod serial;
 pub mod state;
 pub mod time;
 pub mod vcpu;
+pub mod virtio;
 
 mod vm_state;
