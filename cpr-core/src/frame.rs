@@ -402,8 +402,20 @@ impl Frame {
         // One byte more than announced, so that trailing bytes are noticed.
         let rest = header.total_len - HEADER_LEN as u64 + 1;
         // At once, if it is likely; more is believed when it is there.
-        bytes.reserve_exact(usize::try_from(rest).map_or(ROOM, |rest| rest.min(1 << 20)) + 1);
-        stream.take(rest).read_to_end(&mut bytes)?;
+        let likely = usize::try_from(rest).map_or(ROOM, |rest| rest.min(1 << 20));
+        let mut rest = stream.take(rest);
+        let mut filled = bytes.len();
+        bytes.resize(filled + likely, 0);
+        while filled < bytes.len() {
+            match rest.read(&mut bytes[filled..]) {
+                Ok(0) => break,
+                Ok(count) => filled += count,
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(error) => return Err(error.into()),
+            }
+        }
+        bytes.truncate(filled);
+        rest.read_to_end(&mut bytes)?;
         Frame::parse(&bytes)
     }
 

@@ -38,6 +38,7 @@ use std::arch::asm;
 use std::io;
 use std::os::fd::{FromRawFd, OwnedFd};
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicUsize, Ordering};
+use std::time::Duration;
 
 use nix::errno::Errno;
 
@@ -81,18 +82,43 @@ pub struct Departed {
     pub head_start: HeadStart,
 }
 
-/// As long as this is there, the main thread of the keeper runs before the successor, which would otherwise keep its CPU for
-/// the milliseconds that an exec and a start take. Where that is not allowed (`CAP_SYS_NICE`, `RLIMIT_RTPRIO`), or the
-/// process is not scheduled in the ordinary way, it is nothing.
+/// As long as this is there, the keeper runs before the successor, which would otherwise keep its CPU for the milliseconds that
+/// an exec and a start take: the main thread by a policy, where that is allowed (`CAP_SYS_NICE`, `RLIMIT_RTPRIO`) and the
+/// process is scheduled in the ordinary way; other threads, when they wake, because the successor has a long time slice.
 #[derive(Debug)]
 pub struct HeadStart {
     goes_first: bool,
+    /// The successor, and the time slice it is to have.
+    steps_back: Option<(u32, Duration)>,
+}
+
+/// The longest time slice that there is (sched(7)).
+const LONG_SLICE: Duration = Duration::from_millis(100);
+
+impl HeadStart {
+    fn begin() -> HeadStart {
+        let successor = std::os::unix::process::parent_id();
+        HeadStart {
+            goes_first: ORDERS.goes_first.load(Ordering::Acquire),
+            // It is not there any more, or a sandbox has no such call: then it competes.
+            steps_back: crate::process::set_time_slice(successor, LONG_SLICE)
+                .ok()
+                .map(|before| (successor, before)),
+        }
+    }
 }
 
 impl Drop for HeadStart {
     fn drop(&mut self) {
+        // There is nobody to tell of a failure. A parent that is gone has no slice; its number cannot be another process's as
+        // long as nobody else has reaped it, and then this process has another parent.
+        if let Some((successor, slice)) = self.steps_back
+            && successor == std::os::unix::process::parent_id()
+        {
+            let _ = crate::process::set_time_slice(successor, slice);
+        }
         if self.goes_first {
-            // It was an ordinary process before. There is nobody to tell of a failure, and none is documented.
+            // It was an ordinary process before. No failure is documented.
             let _ = crate::process::schedule_thread_normally();
         }
     }
@@ -166,8 +192,7 @@ impl Keeper {
                 drop(this.stack.take());
                 IN_USE.store(false, Ordering::Release);
                 let successor = this.parent.take().ok_or(io::ErrorKind::NotFound)?;
-                let head_start = HeadStart { goes_first: ORDERS.goes_first.load(Ordering::Acquire) };
-                Ok(Departed { successor, head_start })
+                Ok(Departed { successor, head_start: HeadStart::begin() })
             }
             Err(error) => {
                 self.end()?;

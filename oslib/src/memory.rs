@@ -15,3 +15,9 @@ pub fn tune_allocator(kept: usize) {
         unsafe { libc::mallopt(parameter, value) };
     }
 }
+
+/// Has the allocator map `bytes` that it will give out next, so that nobody waits for pages then. After
+/// [`tune_allocator`], and no more than what that keeps.
+pub fn warm_allocator(bytes: usize) {
+    drop(std::hint::black_box(vec![1u8; bytes]));
+}

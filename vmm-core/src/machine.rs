@@ -270,6 +270,11 @@ impl Machine {
         })
     }
 
+    /// Wakes threads that will help with [`Machine::restore`], which is about to follow: while the state is being decoded.
+    pub fn expect_state(&self) {
+        self.vcpus.rouse_helpers();
+    }
+
     /// Gives a machine that has not run yet a saved state. The guest is told, when it runs, that it stood still.
     ///
     /// # Errors
@@ -454,7 +459,7 @@ impl Machine {
     fn start_restoring(&self, states: &[VcpuState]) -> vcpu::Pending<()> {
         let states: Arc<[VcpuState]> = states.into();
         self.vcpus.start_on_all(Box::new(move |cpu| {
-            vcpu::restore(&cpu.vcpu, &cpu.caps, &mut cpu.cpuid, &states[cpu.index])
+            vcpu::restore(&cpu.vcpu, &cpu.caps, &mut cpu.cpuid, cpu.pristine.take(), &states[cpu.index])
         }))
     }
 

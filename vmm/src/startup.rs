@@ -222,6 +222,7 @@ impl Hardware {
         self.machine.preset_cpuid(cpuid)?;
         rendezvous.note_progress();
         self.machine.ready_with(&mut || rendezvous.note_progress())?;
+        oslib::memory::warm_allocator(app::room_for_state(cpuid.len()));
         Ok(())
     }
 

@@ -5,7 +5,7 @@ use std::mem::offset_of;
 use std::os::fd::{AsRawFd, RawFd};
 use std::ptr::NonNull;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU8, Ordering};
+use std::sync::atomic::{AtomicU8, AtomicU32, Ordering};
 
 use kvm_bindings as kb;
 use kvm_ioctls::{VcpuExit, VcpuFd};
@@ -38,11 +38,14 @@ ioctl_iow_nr!(KVM_SET_NESTED_STATE, KVMIO, 0xbf, kb::kvm_nested_state);
 pub struct Vcpu {
     fd: VcpuFd,
     vm: Arc<Vm>,
+    /// As far as it is known: nobody but us changes it. 0 if it is not.
+    tsc_khz: AtomicU32,
 }
 
 impl Vcpu {
     pub(super) fn new(fd: VcpuFd, vm: Arc<Vm>) -> Self {
-        Self { fd, vm }
+        let tsc_khz = fd.get_tsc_khz().unwrap_or(0);
+        Self { fd, vm, tsc_khz: AtomicU32::new(tsc_khz) }
     }
 
     /// Returns the `kvm-ioctls` descriptor, for the calls that it has.
@@ -170,6 +173,21 @@ impl Vcpu {
                 other => Exit::Other(other),
             }
         }
+    }
+
+    /// Returns the frequency of the guest's TSC in kHz; 0 where KVM does not tell.
+    pub fn tsc_khz(&self) -> u32 {
+        self.tsc_khz.load(Ordering::Relaxed)
+    }
+
+    /// Sets the frequency of the guest's TSC.
+    ///
+    /// # Errors
+    /// The kernel's answer.
+    pub fn set_tsc_khz(&self, khz: u32) -> Result<(), KvmError> {
+        self.fd.set_tsc_khz(khz).map_err(KvmError::of("KVM_SET_TSC_KHZ"))?;
+        self.tsc_khz.store(khz, Ordering::Relaxed);
+        Ok(())
     }
 
     /// Returns guest TSC minus host TSC, modulo 2^64; `None` when KVM does not tell.

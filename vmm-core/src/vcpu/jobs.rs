@@ -5,10 +5,10 @@
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::mpsc::{Receiver, Sender, channel};
+use std::sync::mpsc::{Receiver, Sender, TryRecvError, channel};
 
-use super::VcpuError;
 use super::slot::{Cpu, Slot};
+use super::{VcpuError, wait};
 use crate::error::MachineError;
 
 /// A job that is done once with each vCPU.
@@ -18,8 +18,10 @@ type Report<T> = (usize, Result<T, VcpuError>);
 
 struct Work<T> {
     slots: Arc<[Arc<Slot>]>,
-    /// The first vCPU that nobody has taken on.
-    next: AtomicUsize,
+    /// The vCPU to begin with.
+    first: usize,
+    /// How many have been taken on.
+    taken: AtomicUsize,
     job: Box<EachJob<T>>,
     reports: Sender<Report<T>>,
 }
@@ -27,7 +29,13 @@ struct Work<T> {
 impl<T> Work<T> {
     /// Does what is left.
     fn help(&self) {
-        while let Some(slot) = self.slots.get(self.next.fetch_add(1, Ordering::Relaxed)) {
+        let count = self.slots.len();
+        loop {
+            let taken = self.taken.fetch_add(1, Ordering::Relaxed);
+            if taken >= count {
+                return;
+            }
+            let slot = &self.slots[(self.first + taken) % count];
             // Nobody waits any more if the owner has lost interest.
             let _ = self.reports.send((slot.index, slot.with_parked(&self.job)));
         }
@@ -42,13 +50,18 @@ pub(crate) struct Pending<T> {
 }
 
 impl<T: Send + 'static> Pending<T> {
-    /// Has `helpers` threads of vCPUs begin.
-    pub(super) fn start(slots: &Arc<[Arc<Slot>]>, helpers: usize, job: Box<EachJob<T>>) -> Self {
+    /// Has `helpers` threads of vCPUs begin, the one of vCPU `awake` before others.
+    pub(super) fn start(
+        slots: &Arc<[Arc<Slot>]>,
+        helpers: usize,
+        awake: usize,
+        job: Box<EachJob<T>>,
+    ) -> Self {
         let (sender, reports) = channel();
-        let work =
-            Arc::new(Work { slots: Arc::clone(slots), next: AtomicUsize::new(0), job, reports: sender });
-        // The last ones: to take its order a thread needs its slot, and the owner begins with the first.
-        for slot in slots.iter().rev().take(helpers) {
+        let first = (awake + 1) % slots.len();
+        let (slots, taken) = (Arc::clone(slots), AtomicUsize::new(0));
+        let work = Arc::new(Work { slots, first, taken, job, reports: sender });
+        for slot in helping(&work.slots, awake).take(helpers) {
             let work = Arc::clone(&work);
             slot.post_job(Box::new(move || work.help()));
         }
@@ -65,7 +78,7 @@ impl<T: Send + 'static> Pending<T> {
         drop(work);
         let mut results: Vec<Option<T>> = (0..count).map(|_| None).collect();
         let mut failure = None;
-        for (index, result) in reports.iter().take(count) {
+        for (index, result) in std::iter::from_fn(|| next(&reports)).take(count) {
             match result {
                 Ok(result) => results[index] = Some(result),
                 Err(source) => {
@@ -81,4 +94,20 @@ impl<T: Send + 'static> Pending<T> {
             None => Ok(results.into_iter().flatten().collect()),
         }
     }
+}
+
+/// Those whose threads help, in order, if vCPU `awake`'s begins. To take its order a thread needs its slot, and the owner begins
+/// at the other end.
+pub(super) fn helping(slots: &[Arc<Slot>], awake: usize) -> impl Iterator<Item = &Arc<Slot>> {
+    slots[..=awake].iter().rev().chain(slots[awake + 1..].iter().rev())
+}
+
+/// The next report, if there is still somebody to make it. It is about to come, as a rule.
+fn next<T>(reports: &Receiver<T>) -> Option<T> {
+    let mut report = Err(TryRecvError::Empty);
+    wait::briefly(|| {
+        report = reports.try_recv();
+        !matches!(report, Err(TryRecvError::Empty))
+    });
+    report.or_else(|_| reports.recv()).ok()
 }

@@ -10,6 +10,7 @@
 //! | what both share, and the stop protocol | `slot.rs` |
 //! | quick resume of many vCPUs on few CPUs | `turns.rs` |
 //! | one job for all vCPUs | `jobs.rs` |
+//! | waiting without falling asleep | `wait.rs` |
 //! | the order in which state is read and set, and why | `registers.rs`, `msrs.rs`, `cpuid.rs` |
 
 mod cpuid;
@@ -22,6 +23,7 @@ mod slot;
 mod thread;
 mod turns;
 mod vcpus;
+mod wait;
 
 pub use event::{EventQueue, EventSender, VcpuEvent, event_queue};
 pub use thread::{NoObserver, RunObserver};
@@ -30,7 +32,7 @@ pub use vcpus::Vcpus;
 pub(crate) use cpuid::host_cpuid;
 pub(crate) use jobs::Pending;
 pub(crate) use msrs::{IA32_TSC, learn_list as learn_msr_list, read as read_msrs};
-pub(crate) use registers::{entry_registers, restore, save, set_cpuid, set_entry_registers};
+pub(crate) use registers::{Pristine, entry_registers, restore, save, set_cpuid, set_entry_registers};
 pub(crate) use thread::Environment;
 
 pub use crate::error::VcpuError;

@@ -37,7 +37,7 @@ pub(crate) fn save(
     msr_list: &[u32],
 ) -> Result<VcpuState, VcpuError> {
     let fd = vcpu.fd();
-    let mp_state = fd.get_mp_state().map_err(KvmError::of("KVM_GET_MP_STATE"))?;
+    let mp_state = mp_state(vcpu)?;
     let regs = fd.get_regs().map_err(KvmError::of("KVM_GET_REGS"))?;
     let sregs = if caps.sregs2 {
         SregsState::Sregs2(Blob::from(vcpu.sregs2()?.to_vec()))
@@ -45,17 +45,14 @@ pub(crate) fn save(
         SregsState::Sregs(Blob::of(&fd.get_sregs().map_err(KvmError::of("KVM_GET_SREGS"))?))
     };
     let xsave = vcpu.xsave()?;
-    let xcrs = match caps.xcrs {
-        true => Some(Blob::of(&fd.get_xcrs().map_err(KvmError::of("KVM_GET_XCRS"))?)),
-        false => None,
-    };
-    let debugregs = fd.get_debug_regs().map_err(KvmError::of("KVM_GET_DEBUGREGS"))?;
+    let xcrs = xcrs(vcpu, caps)?;
+    let debugregs = debugregs(vcpu)?;
     let lapic = fd.get_lapic().map_err(KvmError::of("KVM_GET_LAPIC"))?;
     let msrs = msrs::read(vcpu, msr_list)?;
     let nested = vcpu.nested_state(caps.nested_state_len)?.map(Blob::from);
     let events = fd.get_vcpu_events().map_err(KvmError::of("KVM_GET_VCPU_EVENTS"))?;
     // Neither changes while the machine stands.
-    let tsc_khz = fd.get_tsc_khz().unwrap_or(0);
+    let tsc_khz = vcpu.tsc_khz();
     let tsc_offset = match caps.vcpu_attributes {
         true => vcpu.tsc_offset()?,
         false => None,
@@ -63,12 +60,12 @@ pub(crate) fn save(
     Ok(VcpuState {
         id,
         cpuid: cpuid.clone(),
-        mp_state: Blob::of(&mp_state),
+        mp_state,
         regs: Blob::of(&regs),
         sregs,
         xsave: Blob::from(xsave),
         xcrs,
-        debugregs: Blob::of(&debugregs),
+        debugregs,
         lapic: Blob::of(&lapic),
         msrs,
         events: Blob::of(&events),
@@ -78,21 +75,54 @@ pub(crate) fn save(
     })
 }
 
-/// Sets everything. Nothing is touched when a field of the state has an impossible length.
+/// Of a vCPU that has not run, what most guests never change. A restore leaves it as it is where it is to be so.
+#[derive(Debug)]
+pub(crate) struct Pristine {
+    mp_state: Blob,
+    xcrs: Option<Blob>,
+    debugregs: Blob,
+}
+
+impl Pristine {
+    pub(super) fn of(vcpu: &Vcpu, caps: &Capabilities) -> Result<Self, VcpuError> {
+        Ok(Self { mp_state: mp_state(vcpu)?, xcrs: xcrs(vcpu, caps)?, debugregs: debugregs(vcpu)? })
+    }
+}
+
+fn mp_state(vcpu: &Vcpu) -> Result<Blob, KvmError> {
+    Ok(Blob::of(&vcpu.fd().get_mp_state().map_err(KvmError::of("KVM_GET_MP_STATE"))?))
+}
+
+fn xcrs(vcpu: &Vcpu, caps: &Capabilities) -> Result<Option<Blob>, KvmError> {
+    let read = || vcpu.fd().get_xcrs().map_err(KvmError::of("KVM_GET_XCRS"));
+    caps.xcrs.then(read).transpose().map(|xcrs| xcrs.as_ref().map(Blob::of))
+}
+
+fn debugregs(vcpu: &Vcpu) -> Result<Blob, KvmError> {
+    Ok(Blob::of(&vcpu.fd().get_debug_regs().map_err(KvmError::of("KVM_GET_DEBUGREGS"))?))
+}
+
+/// Sets everything. Nothing is touched when a field of the state has an impossible length. `pristine` is there if nothing
+/// was set and the vCPU has not run since.
 pub(crate) fn restore(
     vcpu: &Vcpu,
     caps: &Capabilities,
     cpuid: &mut Option<Blob>,
+    pristine: Option<Pristine>,
     state: &VcpuState,
 ) -> Result<(), VcpuError> {
     state.check()?;
     let fd = vcpu.fd();
+    let pristine = pristine.as_ref();
     restore_step!("cpuid", set_cpuid(vcpu, cpuid, &state.cpuid)?);
     restore_step!("tsc-offset", set_tsc(vcpu, caps, state)?);
-    restore_step!("mp-state", {
-        let mp_state: kvm_mp_state = state.mp_state.load("mp_state")?;
-        fd.set_mp_state(mp_state).map_err(KvmError::of("KVM_SET_MP_STATE"))?;
-    });
+    restore_step!(
+        "mp-state",
+        if pristine.is_none_or(|is| is.mp_state != state.mp_state) {
+            let mp_state: kvm_mp_state = state.mp_state.load("mp_state")?;
+            fd.set_mp_state(mp_state).map_err(KvmError::of("KVM_SET_MP_STATE"))?;
+        }
+    );
     restore_step!("regs", {
         let regs: kvm_regs = state.regs.load("regs")?;
         fd.set_regs(&regs).map_err(KvmError::of("KVM_SET_REGS"))?;
@@ -105,11 +135,19 @@ pub(crate) fn restore(
         }
         vcpu.set_xsave(state.xsave.as_slice())?;
     });
-    restore_step!("xcrs", set_xcrs(vcpu, caps, state.xcrs.as_ref())?);
-    restore_step!("debugregs", {
-        let debugregs: kvm_debugregs = state.debugregs.load("debugregs")?;
-        fd.set_debug_regs(&debugregs).map_err(KvmError::of("KVM_SET_DEBUGREGS"))?;
-    });
+    restore_step!(
+        "xcrs",
+        if pristine.is_none_or(|is| is.xcrs != state.xcrs) {
+            set_xcrs(vcpu, caps, state.xcrs.as_ref())?;
+        }
+    );
+    restore_step!(
+        "debugregs",
+        if pristine.is_none_or(|is| is.debugregs != state.debugregs) {
+            let debugregs: kvm_debugregs = state.debugregs.load("debugregs")?;
+            fd.set_debug_regs(&debugregs).map_err(KvmError::of("KVM_SET_DEBUGREGS"))?;
+        }
+    );
     restore_step!("lapic", {
         let lapic: kvm_lapic_state = state.lapic.load("lapic")?;
         fd.set_lapic(&lapic).map_err(KvmError::of("KVM_SET_LAPIC"))?;
@@ -162,14 +200,13 @@ pub(crate) fn load_cpuid(blob: &Blob) -> Result<CpuId, StateError> {
 }
 
 fn set_tsc(vcpu: &Vcpu, caps: &Capabilities, state: &VcpuState) -> Result<(), VcpuError> {
-    let fd = vcpu.fd();
     // On the same host the frequency is what it was, and setting it is not free. Another boot may have measured it a
     // little differently.
-    if state.tsc_khz != 0 && !is_same_frequency(fd.get_tsc_khz().unwrap_or(0), state.tsc_khz) {
+    if state.tsc_khz != 0 && !is_same_frequency(vcpu.tsc_khz(), state.tsc_khz) {
         if !caps.tsc_control {
             return Err(VcpuError::Unsupported { what: "a TSC of another frequency" });
         }
-        fd.set_tsc_khz(state.tsc_khz).map_err(KvmError::of("KVM_SET_TSC_KHZ"))?;
+        vcpu.set_tsc_khz(state.tsc_khz)?;
     }
     if let Some(offset) = state.tsc_offset {
         if !caps.vcpu_attributes {

@@ -6,15 +6,16 @@
 
 use std::collections::VecDeque;
 use std::os::fd::{AsRawFd, RawFd};
-use std::sync::atomic::{AtomicBool, AtomicU8, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU8, AtomicUsize, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use oslib::signals::{self, ThreadId};
+use oslib::thread::Cpus;
 
-use super::VcpuError;
 use super::turns::Turn;
+use super::{Pristine, VcpuError, wait};
 use crate::kvm::{Capabilities, ImmediateExit, Vcpu};
 use crate::state::Blob;
 
@@ -25,6 +26,8 @@ pub(crate) struct Cpu {
     pub(crate) caps: Capabilities,
     /// The CPUID table that the vCPU was given.
     pub(crate) cpuid: Option<Blob>,
+    /// Until the vCPU is given a state, or runs.
+    pub(crate) pristine: Option<Pristine>,
 }
 
 /// Work that a vCPU's thread does for the owner while its vCPU is parked. It need not concern that vCPU.
@@ -179,7 +182,7 @@ impl Slot {
         if let Some(Request::Run(cpu, _)) = run.and_then(|at| inner.requests.remove(at)) {
             inner.place = Place::Parked(cpu);
             drop(inner);
-            self.running.one_less();
+            let _ = self.running.one_less();
         }
     }
 
@@ -249,6 +252,25 @@ impl Slot {
         let handle = spawn().map_err(VcpuError::Thread).inspect_err(|_| self.withdraw_run())?;
         self.lock().thread = Some(Owned { handle, process });
         Ok(())
+    }
+
+    /// Puts the thread on one CPU, another one for each next vCPU, if it may run on several; returns these, for
+    /// [`release`](Self::release). Where the system refuses this, the thread stays where it is.
+    pub(super) fn put_on_cpu(&self) -> Option<Cpus> {
+        let inner = self.lock();
+        let thread = &inner.thread.as_ref()?.handle;
+        let home = Cpus::of(thread).ok()?;
+        let count = home.iter().count();
+        let cpu = home.iter().nth(self.index % count.max(1)).filter(|_| count > 1)?;
+        Cpus::only(cpu).apply_to(thread).ok().map(|()| home)
+    }
+
+    /// Lets the thread run on all of these again.
+    pub(super) fn release(&self, home: &Cpus) {
+        if let Some(thread) = &self.lock().thread {
+            // Only a thread that has ended is not there to be released.
+            let _ = home.apply_to(&thread.handle);
+        }
     }
 
     /// Sends the thread to rest once its vCPU is parked.
@@ -350,10 +372,19 @@ impl Slot {
         }
     }
 
-    pub(super) fn park(&self, cpu: Cpu) {
+    /// Tells whether this was the last vCPU that ran.
+    pub(super) fn park(&self, cpu: Cpu) -> bool {
         // Nobody waits for news of a vCPU that exists.
         self.lock().place = Place::Parked(cpu);
-        self.running.one_less();
+        self.running.last_to_park.store(self.index, Ordering::Relaxed);
+        self.running.one_less()
+    }
+
+    /// Stays awake for a moment, for work that is about to come.
+    pub(super) fn expect_work(&self) {
+        wait::briefly(|| {
+            !self.lock().requests.is_empty() || self.rest.load(Ordering::SeqCst) == rest::WANTED
+        });
     }
 
     /// The thread ends without having been told to, and its vCPU with it.
@@ -469,6 +500,8 @@ fn kick(thread: Option<ThreadId>) {
 pub(super) struct RunningCount {
     count: Mutex<usize>,
     none: Condvar,
+    /// A vCPU whose thread may still be awake.
+    pub(super) last_to_park: AtomicUsize,
 }
 
 impl RunningCount {
@@ -476,17 +509,21 @@ impl RunningCount {
         *self.count.lock().unwrap_or_else(PoisonError::into_inner) += 1;
     }
 
-    fn one_less(&self) {
+    /// Tells whether none is left.
+    fn one_less(&self) -> bool {
         let mut count = self.count.lock().unwrap_or_else(PoisonError::into_inner);
         *count -= 1;
-        if *count == 0 {
-            drop(count);
+        let none = *count == 0;
+        drop(count);
+        if none {
             self.none.notify_all();
         }
+        none
     }
 
     /// Waits until no vCPU runs; tells whether that came to be before `until`. Calls `remind` after each `every`.
     pub(super) fn wait_none(&self, until: Instant, every: Duration, remind: impl Fn()) -> bool {
+        wait::briefly(|| *self.count.lock().unwrap_or_else(PoisonError::into_inner) == 0);
         let mut count = self.count.lock().unwrap_or_else(PoisonError::into_inner);
         while *count > 0 {
             let left = until.saturating_duration_since(Instant::now());

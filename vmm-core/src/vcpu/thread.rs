@@ -83,7 +83,10 @@ impl VcpuThread {
                 Request::Job(job) => job(),
                 Request::Run(mut cpu, turn) => {
                     self.run_guest(&mut cpu, turn, &mut timer);
-                    slot.park(cpu);
+                    if slot.park(cpu) {
+                        // Saving them all is what mostly comes next.
+                        slot.expect_work();
+                    }
                 }
                 Request::Rest => slot.rest(),
                 Request::Quit => {
@@ -110,7 +113,9 @@ impl VcpuThread {
         immediate_exit.set(true);
         vcpu.run()?;
         immediate_exit.set(false);
-        let cpu = Cpu { index: self.slot.index, vcpu, caps: self.environment.caps, cpuid: None };
+        let caps = self.environment.caps;
+        let pristine = Some(registers::Pristine::of(&vcpu, &caps)?);
+        let cpu = Cpu { index: self.slot.index, vcpu, caps, cpuid: None, pristine };
         self.slot.put_new(cpu, immediate_exit);
         Ok(())
     }
@@ -131,6 +136,7 @@ impl VcpuThread {
         if !slot.allow_guest() {
             return;
         }
+        cpu.pristine = None;
         // Otherwise the turn lasts until the vCPU leaves by itself.
         let ends_turn = turn.is_some()
             && timer.make()

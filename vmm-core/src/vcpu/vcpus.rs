@@ -1,13 +1,14 @@
 //! The vCPUs as the machine's owner sees them: stopped, given work, and started again, all of them at a time.
 
 use std::os::fd::RawFd;
+use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use oslib::signals;
 
 use super::VcpuError;
-use super::jobs::{EachJob, Pending};
+use super::jobs::{EachJob, Pending, helping};
 use super::slot::{Cpu, RunningCount, Slot, kick_signal};
 use super::thread::{Environment, VcpuThread};
 use super::turns::Turns;
@@ -185,11 +186,21 @@ impl Vcpus {
             given = turns.give_out(self.count());
             *self.turns() = Arc::clone(&turns);
         }
-        let posted = self.on_each(|slot| match slot.post_run(given.pop()) {
-            // One that has to be started finds its work, and begins. The turn of one that runs already is over, by being
-            // dropped; it may be about to rest.
-            Ok(()) | Err(VcpuError::Running) => self.ensure_thread(slot, process),
-            Err(error) => Err(error),
+        let mut at_their_places = Vec::new();
+        let posted = self.on_each(|slot| {
+            let turn = given.pop();
+            let takes_turns = turn.is_some();
+            match slot.post_run(turn) {
+                // One that has to be started finds its work, and begins. The turn of one that runs already is over, by
+                // being dropped; it may be about to rest.
+                Ok(()) | Err(VcpuError::Running) => self.ensure_thread(slot, process)?,
+                Err(error) => return Err(error),
+            }
+            if takes_turns {
+                // The system would let new threads wait for the CPU that started them while another one idles.
+                at_their_places.extend(slot.put_on_cpu().map(|home| (Arc::clone(slot), home)));
+            }
+            Ok(())
         });
         // Those after a vCPU that failed got none.
         drop(given);
@@ -197,6 +208,9 @@ impl Vcpus {
         turns.wait_all(TURNS_WITHIN);
         // A turn whose timer the system refused may last for ever, and others wait for its end.
         turns.cut_short();
+        for (slot, home) in at_their_places {
+            slot.release(&home);
+        }
         posted
     }
 
@@ -230,8 +244,21 @@ impl Vcpus {
     /// Has a job begun that is done once with each parked vCPU; who waits for the result takes part in it. A vCPU that
     /// is still being created gets to it afterwards.
     pub(crate) fn start_on_all<T: Send + 'static>(&self, job: Box<EachJob<T>>) -> Pending<T> {
-        let helpers = usable_cpus().min(self.count()) - 1;
-        Pending::start(&self.slots, helpers, job)
+        Pending::start(&self.slots, self.helpers(), self.running.last_to_park.load(Ordering::Relaxed), job)
+    }
+
+    /// Wakes those who will help with a job that is about to come.
+    pub(crate) fn rouse_helpers(&self) {
+        let awake = self.running.last_to_park.load(Ordering::Relaxed);
+        for slot in helping(&self.slots, awake).take(self.helpers()) {
+            let expecting = Arc::clone(slot);
+            slot.post_job(Box::new(move || expecting.expect_work()));
+        }
+    }
+
+    /// How many threads help the owner's with a job for all vCPUs.
+    fn helpers(&self) -> usize {
+        usable_cpus().min(self.count()) - 1
     }
 
     /// Does a job with each parked vCPU.

@@ -59,6 +59,15 @@ const STATE_LEN: usize = 32 << 10;
 /// Bytes of state of a vCPU, of which its extended registers are the most.
 const VCPU_LEN: usize = 24 << 10;
 
+fn state_len(vcpus: usize) -> usize {
+    STATE_LEN + vcpus * VCPU_LEN
+}
+
+/// Bytes of memory for the state and its encoded form.
+pub fn room_for_state(vcpus: usize) -> usize {
+    2 * state_len(vcpus)
+}
+
 /// What was loaded and must wait for the commit.
 #[derive(Debug, Default)]
 pub(super) struct Loaded {
@@ -471,6 +480,7 @@ impl App {
     }
 
     fn load_sections(&mut self, main: &mut Frame) -> anyhow::Result<()> {
+        self.hardware()?.machine.expect_state();
         let Arrived { run_state, mut state, time, outside, ended, serial_input } =
             read_machine(main, &self.parts.config)?;
         if let Some(time) = time {
@@ -657,6 +667,8 @@ impl Host for App {
             return Ok(());
         }
         let state = self.early_state()?;
+        // What is saved next is saved while the guest stands still.
+        oslib::memory::warm_allocator(room_for_state(self.parts.config.cpus.into()));
         Ok(formats::put(early, 0, &state)?)
     }
 
@@ -667,7 +679,7 @@ impl Host for App {
     }
 
     fn state_len_hint(&self) -> usize {
-        STATE_LEN + usize::from(self.parts.config.cpus) * VCPU_LEN
+        state_len(self.parts.config.cpus.into())
     }
 
     fn before_departure(&mut self) -> Result<(), BoxError> {

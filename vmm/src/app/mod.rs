@@ -43,7 +43,9 @@ use crate::startup::{self, Hardware};
 
 pub use front_ends::{FrontEnd, User};
 use host::Loaded;
-pub use host::{Arrived, EarlyState, FrontEndState, find_named_fds, read_machine, take_early_state};
+pub use host::{
+    Arrived, EarlyState, FrontEndState, find_named_fds, read_machine, room_for_state, take_early_state,
+};
 use lifecycle::Reset;
 pub use lifecycle::{Exit, RunState};
 pub use observer::BlackoutObserver;
