@@ -4,7 +4,7 @@
 //! is allowed would be tighter, but a filter outlives the program: it would decide what every later program in this process
 //! may do, and keep out the one that needs a harmless call more. What is denied here, no version will need.
 //!
-//! A program in a fresh process enters its sandbox before it opens anything. A target of an exec has that of the program
+//! A program in a fresh process enters its sandbox before it makes anything. A target of an exec has that of the program
 //! before it, and adds what is new at the last moment before it has the guest: until then the older program may be executed
 //! again in its place, and must not find less than it left.
 
