@@ -13,7 +13,7 @@
 //! | memory with a descriptor | [`memfd`], [`mod@shared`], [`mapping`], [`populate`](mod@populate) |
 //! | files that outlive the process | [`storage`] |
 //! | descriptors across processes | [`scm`], [`uds`] |
-//! | processes | [`pidfd`], [`process`], [`mod@spawn`], [`keeper`], [`cgroup`] |
+//! | processes | [`pidfd`], [`process`], [`mod@spawn`], [`keeper`], [`cgroup`], [`seccomp`] |
 //! | wake-ups, signals, time, terminals | [`eventfd`], [`signals`], [`clock`], [`term`], [`stream`] |
 //!
 //! Linux 5.14 or later on x86-64. Process and thread ids are `u32`, as in [`std::process::id`]; signals are plain
@@ -37,6 +37,7 @@ pub mod pidfd;
 pub mod populate;
 pub mod process;
 pub mod scm;
+pub mod seccomp;
 pub mod shared;
 pub mod signals;
 pub mod spawn;

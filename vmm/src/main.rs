@@ -12,6 +12,7 @@ pub mod event_loop;
 pub mod formats;
 pub mod migration;
 pub mod monitor;
+pub mod sandbox;
 pub mod startup;
 pub mod trace;
 

@@ -33,6 +33,7 @@ use crate::cli::config::{self, Config, MemoryBackend, MonitorKind};
 use crate::cli::{self, Invocation};
 use crate::monitor::mux::Mux;
 use crate::monitor::{Channel, SocketAddress};
+use crate::sandbox::Sandbox;
 use crate::{errors, trace};
 
 /// Signals that end the program in good order.
@@ -110,6 +111,11 @@ fn fall_back_on_panic() {
 fn start(config: Config, arrival: Option<ExecArrival>) -> anyhow::Result<App> {
     let (signals, original_mask) = handle_signals(arrival.as_ref())?;
     let mut services = Services::default();
+    let mut sandbox = Sandbox::new(config.sandbox, &services.blockers)?;
+    if arrival.is_none() {
+        // Others enter it when they have the guest.
+        sandbox.enter()?;
+    }
     let mut listening = None;
     let (arriving, early) = match (arrival, &config.incoming_cpr) {
         (Some(arrival), cpr) => {
@@ -130,7 +136,7 @@ fn start(config: Config, arrival: Option<ExecArrival>) -> anyhow::Result<App> {
     let terminal = early.as_ref().and_then(EarlyState::terminal);
     let in_storage = arriving.is_none() && listening.is_none() && config.incoming.is_some();
     let guest = Guest { arriving, early, listening, in_storage };
-    let result = build(config, services, signals, original_mask, guest).and_then(|mut app| {
+    let result = build(config, services, sandbox, signals, original_mask, guest).and_then(|mut app| {
         app.begin()?;
         Ok(app)
     });
@@ -283,6 +289,7 @@ fn listen(cpr: &SocketAddress, config: &Config) -> anyhow::Result<Listener> {
 fn build(
     mut config: Config,
     services: Services,
+    sandbox: Sandbox,
     signals: SignalFd,
     original_mask: SignalMask,
     Guest { arriving, early, listening, in_storage }: Guest,
@@ -373,6 +380,7 @@ fn build(
     App::new(Parts {
         config,
         services,
+        sandbox,
         hardware,
         observer,
         signals,

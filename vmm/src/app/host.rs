@@ -524,6 +524,8 @@ impl App {
             if arriving.incoming.activity() == GuestActivity::Running {
                 self.parts.observer.arm_for_entries(arriving.incoming.control().clone(), vcpus);
             }
+            // From the commit on there is no way back, and the guest runs.
+            self.parts.sandbox.enter().map_err(|error| IncomingError::Load(error.into()))?;
             arriving.incoming.commit(self)
         });
         if let Err(error) = result {

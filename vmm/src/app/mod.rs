@@ -39,6 +39,7 @@ use crate::errors;
 use crate::event_loop::{EventLoop, Interest, Ready, Token};
 use crate::migration::{Progress, Settings, Status};
 use crate::monitor::Channels;
+use crate::sandbox::Sandbox;
 use crate::startup::{self, Hardware};
 
 pub use front_ends::{FrontEnd, User};
@@ -73,6 +74,7 @@ const GONE: &str =
 pub struct Parts {
     pub(crate) config: Config,
     pub(crate) services: Services,
+    pub(crate) sandbox: Sandbox,
     /// `None` while the guest has not arrived.
     pub(crate) hardware: Option<Hardware>,
     pub(crate) observer: Arc<BlackoutObserver>,

@@ -22,6 +22,7 @@ use crate::cli::{self, Invocation};
 use crate::errors;
 use crate::formats;
 use crate::migration::exec_channel;
+use crate::sandbox;
 use crate::startup::{self, DEFAULT_HUGE_PAGE};
 
 /// A section's name, and the versions in which this program reads it and can write it.
@@ -165,7 +166,8 @@ pub fn manifest_of(config: &Config, moves_out: bool) -> Manifest {
 
 /// Whether a program with this command line could take over, here, what `manifest` shows; `catalogue` has what the mode reads.
 pub fn judge(config: &Config, manifest: &Manifest, catalogue: SectionCatalogue) -> Verdict {
-    judge_shown(config, manifest, catalogue, [check_kvm(config), check_room(&config.memory)])
+    let kernel = check_kvm(config).and_then(|()| sandbox::check(config.sandbox));
+    judge_shown(config, manifest, catalogue, [kernel, check_room(&config.memory)])
 }
 
 /// The same, with what was found out about this host.

@@ -38,8 +38,42 @@ pub struct Config {
     pub incoming: Option<Incoming>,
     /// Where to wait for a source that still runs it. Only with `incoming`.
     pub incoming_cpr: Option<SocketAddress>,
+    /// What the program does without; `None`: nothing.
+    pub sandbox: Option<SandboxConfig>,
     /// What to trace.
     pub trace: TraceConfig,
+}
+
+/// What a sandbox denies beside what it always does.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct SandboxConfig {
+    /// System calls that nothing of today uses.
+    pub obsolete: bool,
+    /// To become another user, or part of another session.
+    pub elevate_privileges: bool,
+    /// To start or become another program.
+    pub spawn: bool,
+    /// To have other shares of the CPUs.
+    pub resource_control: bool,
+}
+
+impl Default for SandboxConfig {
+    fn default() -> SandboxConfig {
+        SandboxConfig { obsolete: true, elevate_privileges: false, spawn: false, resource_control: false }
+    }
+}
+
+impl SandboxConfig {
+    /// What both deny.
+    pub fn and(self, other: SandboxConfig) -> SandboxConfig {
+        SandboxConfig {
+            obsolete: self.obsolete || other.obsolete,
+            elevate_privileges: self.elevate_privileges || other.elevate_privileges,
+            spawn: self.spawn || other.spawn,
+            resource_control: self.resource_control || other.resource_control,
+        }
+    }
 }
 
 /// The kind of machine.

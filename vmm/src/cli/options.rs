@@ -9,7 +9,7 @@ use serde_json::{Map, Value};
 use uuid::Uuid;
 
 use super::MAX_CPUS;
-use super::config::{ChardevBackend, Incoming, MACHINE_TYPES, MachineType, MonitorKind};
+use super::config::{ChardevBackend, Incoming, MACHINE_TYPES, MachineType, MonitorKind, SandboxConfig};
 use super::keyval::{self, Pair, parse_size, parse_switch};
 use super::resolve::{Builder, Object, ObjectKind};
 use crate::monitor::{Channel, TypedChannel};
@@ -330,6 +330,25 @@ pub(super) const OPTIONS: &[OptionSpec] = &[
             builder.pidfile = Some(path(value)?);
             Ok(())
         }),
+    },
+    OptionSpec {
+        names: &["sandbox"],
+        metavar: Some("on|off[,PROPERTY=VALUE...]"),
+        group: Group::Process,
+        help: "Do without system calls that a virtual machine does not need (default: off). May be repeated: what one \
+               of them denies is denied. What is denied stays denied over an update by cpr-exec.",
+        properties: &[
+            property("enable", "on|off", "deny calls that change the host"),
+            property("obsolete", "allow|deny", "calls that nothing uses (default: deny)"),
+            property(
+                "elevateprivileges",
+                "allow|deny|children",
+                "calls that set user, group, session (allow)",
+            ),
+            property("spawn", "allow|deny", "calls that start a program (allow); cpr-exec does"),
+            property("resourcecontrol", "allow|deny", "calls that set priority and affinity (allow)"),
+        ],
+        action: Action::Apply(sandbox),
     },
     OptionSpec {
         names: &["trace"],
@@ -748,6 +767,37 @@ fn dotted(text: &str) -> Result<Value, String> {
     }
     channel.insert("addr".into(), addr.into());
     Ok(channel.into())
+}
+
+fn sandbox(builder: &mut Builder, option: &OptionSpec, value: &str) -> Result<(), String> {
+    let mut enable = None;
+    let mut denied = SandboxConfig::default();
+    for Pair { key, value } in pairs(option, value, Some("enable"))? {
+        let field = match key.as_str() {
+            "enable" => {
+                enable = Some(of(&key, parse_switch(&value))?);
+                continue;
+            }
+            "obsolete" => &mut denied.obsolete,
+            "elevateprivileges" => &mut denied.elevate_privileges,
+            "spawn" => &mut denied.spawn,
+            _ => &mut denied.resource_control,
+        };
+        *field = match (value.as_str(), key.as_str()) {
+            ("deny", _) | ("children", "elevateprivileges") => true,
+            ("allow", _) => false,
+            (_, "elevateprivileges") => {
+                return Err(format!("property '{key}': '{value}' is not allow, deny or children"));
+            }
+            _ => return Err(format!("property '{key}': '{value}' is neither allow nor deny")),
+        };
+    }
+    match enable {
+        None => return Err("on or off must be said, as in on,spawn=deny".into()),
+        Some(true) => builder.sandbox = Some(builder.sandbox.map_or(denied, |other| other.and(denied))),
+        Some(false) => {}
+    }
+    Ok(())
 }
 
 fn trace(builder: &mut Builder, option: &OptionSpec, value: &str) -> Result<(), String> {

@@ -6,7 +6,7 @@ use uuid::Uuid;
 
 use super::config::{
     BootConfig, ChardevBackend, ChardevConfig, Config, HugePages, Incoming, MachineConfig, MachineType,
-    MemoryBackend, MemoryConfig, MonitorConfig, MonitorKind, TraceConfig,
+    MemoryBackend, MemoryConfig, MonitorConfig, MonitorKind, SandboxConfig, TraceConfig,
 };
 use super::keyval::show_size;
 use super::{DEFAULT_MEMORY_BYTES, MAX_CPUS};
@@ -44,6 +44,7 @@ pub(super) struct Builder {
     pub(super) incoming: Option<Incoming>,
     pub(super) incoming_cpr: Option<SocketAddress>,
     pub(super) pidfile: Option<PathBuf>,
+    pub(super) sandbox: Option<SandboxConfig>,
     pub(super) trace: TraceConfig,
     objects: Vec<Object>,
     chardevs: Vec<ChardevConfig>,
@@ -187,6 +188,7 @@ impl Builder {
             no_reboot: self.no_reboot,
             incoming: self.incoming,
             incoming_cpr: self.incoming_cpr,
+            sandbox: self.sandbox,
             trace: self.trace,
         })
     }

@@ -61,6 +61,7 @@ fn defaults() {
             no_reboot: false,
             incoming: None,
             incoming_cpr: None,
+            sandbox: None,
             trace: TraceConfig::default(),
         }
     );
@@ -90,7 +91,7 @@ fn every_option_at_once() {
          -name guest=a,,b -uuid 12345678-1234-1234-1234-123456789abc -kernel k -append 'a=b, c' -initrd i -S -no-reboot \
          -serial unix:/s,server=on,wait=off -qmp unix:/q1,server,nowait -qmp unix:/q2,server=on -monitor none \
          -chardev socket,id=c,path=/c -mon c -chardev file,id=f,path=/f -chardev null,id=n -display none -nodefaults \
-         -no-user-config -pidfile p -trace 'enable=cpr*,file=t' -trace kvm -D log -incoming defer",
+         -no-user-config -pidfile p -trace 'enable=cpr*,file=t' -trace kvm -D log -sandbox on,spawn=deny -incoming defer",
     );
     let socket = |path: &str, server, wait| ChardevBackend::Socket { path: path.into(), server, wait };
     assert_eq!(
@@ -129,6 +130,7 @@ fn every_option_at_once() {
             no_reboot: true,
             incoming: Some(Incoming::Defer),
             incoming_cpr: None,
+            sandbox: Some(SandboxConfig { spawn: true, ..SandboxConfig::default() }),
             trace: TraceConfig {
                 patterns: vec!["cpr*".into(), "kvm".into()],
                 file: Some("t".into()),
@@ -260,8 +262,39 @@ fn two_channels_for_a_transfer() {
 }
 
 #[test]
+fn sandboxes() {
+    let of = |line: &str| config(line).sandbox;
+    let default = SandboxConfig::default();
+    assert_eq!(of("-sandbox on"), Some(default));
+    assert_eq!(of("-sandbox enable=on,obsolete=deny,spawn=allow"), Some(default));
+    assert_eq!(of("-sandbox on,obsolete=allow"), Some(SandboxConfig { obsolete: false, ..default }));
+    for privileges in ["deny", "children"] {
+        let found = of(&format!("-sandbox on,elevateprivileges={privileges}"));
+        assert_eq!(found, Some(SandboxConfig { elevate_privileges: true, ..default }));
+    }
+    // What was denied stays denied.
+    let both = SandboxConfig { spawn: true, resource_control: true, ..default };
+    assert_eq!(of("-sandbox on,spawn=deny -sandbox on,resourcecontrol=deny,obsolete=allow"), Some(both));
+    assert_eq!(of("-sandbox on -sandbox off,spawn=deny"), Some(default));
+    assert_eq!(of("-sandbox off,spawn=deny"), None);
+}
+
+#[test]
 fn mistakes_are_named() {
     for (line, expected) in [
+        ("-sandbox maybe", "-sandbox: property 'enable': 'maybe' is neither on nor off"),
+        ("-sandbox spawn=deny", "-sandbox: on or off must be said, as in on,spawn=deny"),
+        ("-sandbox ''", "-sandbox: on or off must be said"),
+        ("-sandbox on,spawn=children", "-sandbox: property 'spawn': 'children' is neither allow nor deny"),
+        ("-sandbox off,spawn=no", "-sandbox: property 'spawn': 'no' is neither allow nor deny"),
+        (
+            "-sandbox on,elevateprivileges=on",
+            "-sandbox: property 'elevateprivileges': 'on' is not allow, deny or children",
+        ),
+        (
+            "-sandbox on,network=deny",
+            "-sandbox: unknown property 'network' (known: enable, obsolete, elevateprivileges, spawn, resourcecontrol)",
+        ),
         ("-foo", "-foo: unknown option (-help lists them)"),
         ("--foo", "--foo: unknown option (-help lists them)"),
         ("disk.img", "unexpected argument 'disk.img' (options start with '-'; -help lists them)"),
