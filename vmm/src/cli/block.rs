@@ -5,7 +5,7 @@
 
 use std::path::PathBuf;
 
-use super::config::{Aio, CacheConfig, DriveConfig, Locking};
+use super::config::{Aio, Cache, DriveConfig};
 use super::given::{Given, known};
 use super::options::{id, of, path};
 
@@ -13,7 +13,6 @@ use super::options::{id, of, path};
 #[derive(Debug)]
 pub(super) struct Drive {
     pub(super) config: DriveConfig,
-    pub(super) write_cache: bool,
     /// The serial number of the disk, unless its device has one.
     pub(super) serial: Option<String>,
     /// It comes with a device (`if=virtio`).
@@ -41,8 +40,8 @@ enum NodeKind {
 #[derive(Debug)]
 struct FileNode {
     path: PathBuf,
-    cache: CacheConfig,
-    locking: Locking,
+    cache: Cache,
+    locking: bool,
     aio: Aio,
     discard: bool,
 }
@@ -65,17 +64,8 @@ impl Block {
 
 const ON_OFF: &[(&str, bool)] = &[("on", true), ("off", false), ("true", true), ("false", false)];
 const DISCARD: &[(&str, bool)] = &[("ignore", false), ("off", false), ("unmap", true), ("on", true)];
-const LOCKING: &[(&str, Locking)] = &[("auto", Locking::Auto), ("on", Locking::On), ("off", Locking::Off)];
+const LOCKING: &[(&str, bool)] = &[("auto", true), ("on", true), ("off", false)];
 const AIO: &[(&str, Aio)] = &[("threads", Aio::Threads), ("io_uring", Aio::IoUring)];
-
-/// How `cache=` of `-drive` uses the host's cache, and whether the guest has to flush.
-const CACHE: &[(&str, (CacheConfig, bool))] = &[
-    ("writeback", (CacheConfig { direct: false, no_flush: false }, true)),
-    ("none", (CacheConfig { direct: true, no_flush: false }, true)),
-    ("writethrough", (CacheConfig { direct: false, no_flush: false }, false)),
-    ("directsync", (CacheConfig { direct: true, no_flush: false }, false)),
-    ("unsafe", (CacheConfig { direct: false, no_flush: true }, true)),
-];
 
 /// Understands a `-drive`; `next_id` names one that has no id, and comes with a device.
 pub(super) fn drive(mut given: Given, next_id: impl FnOnce() -> String) -> Result<Drive, String> {
@@ -102,22 +92,58 @@ fn drive_rest(mut given: Given, id: String, path: PathBuf, has_device: bool) -> 
         Some(state) => given.switch("read-only")?.unwrap_or(state),
         None => given.switch("read-only")?.unwrap_or(false),
     };
-    let (mut cache, mut write_cache) = given.choice("cache", CACHE)?.unwrap_or(CACHE[0].1);
-    cache.direct = given.switch("cache.direct")?.unwrap_or(cache.direct);
-    cache.no_flush = given.switch("cache.no-flush")?.unwrap_or(cache.no_flush);
-    write_cache = given.switch("cache.writeback")?.unwrap_or(write_cache);
+    let cache = drive_cache(&mut given)?;
     let config = DriveConfig {
         id,
         path,
         read_only,
         cache,
         discard: given.choice("discard", DISCARD)?.unwrap_or(false),
-        locking: given.choice("file.locking", LOCKING)?.unwrap_or_default(),
+        locking: given.choice("file.locking", LOCKING)?.unwrap_or(true),
+        share_rw: false,
         aio: aio(&mut given, "aio")?,
     };
     let serial = given.text("serial");
     given.finish();
-    Ok(Drive { config, write_cache, serial, has_device })
+    Ok(Drive { config, serial, has_device })
+}
+
+/// `cache=`, and its parts.
+fn drive_cache(given: &mut Given) -> Result<Cache, String> {
+    let cache = match given.text("cache").as_deref() {
+        None | Some("writeback") => Cache::Writeback,
+        Some("writethrough") => Cache::Writethrough,
+        Some("unsafe") => Cache::Unsafe,
+        Some(direct @ ("none" | "directsync")) => {
+            let like = if direct == "none" { "writeback" } else { "writethrough" };
+            return Err(format!(
+                "property 'cache': '{direct}' is not supported: images go through the page cache; say cache={like}"
+            ));
+        }
+        Some(other) => {
+            return Err(format!(
+                "property 'cache': '{other}' is not supported (supported: writeback, writethrough, unsafe)"
+            ));
+        }
+    };
+    check_direct(given, "cache.direct")?;
+    let no_flush = given.switch("cache.no-flush")?.unwrap_or(cache == Cache::Unsafe);
+    let writeback = given.switch("cache.writeback")?.unwrap_or(cache != Cache::Writethrough);
+    match (no_flush, writeback) {
+        (true, true) => Ok(Cache::Unsafe),
+        (true, false) => Err("cache.no-flush=on and cache.writeback=off exclude each other".into()),
+        (false, true) => Ok(Cache::Writeback),
+        (false, false) => Ok(Cache::Writethrough),
+    }
+}
+
+fn check_direct(given: &mut Given, key: &str) -> Result<(), String> {
+    match given.switch(key)? {
+        Some(true) => Err(format!(
+            "property '{key}': on is not supported: images go through the page cache; leave it out"
+        )),
+        _ => Ok(()),
+    }
 }
 
 /// A file on the host. What QEMU would take for another protocol is refused.
@@ -164,7 +190,7 @@ fn node(mut given: Given, driver: &str, name: String) -> Result<Node, String> {
     given.only("file.auto-read-only", &["on", "off", "true", "false"])?;
     let read_only = given.switch("read-only")?.unwrap_or(false);
     let discard = given.choice("discard", DISCARD)?;
-    let cache = cache(&mut given, "", CacheConfig::default())?;
+    let cache = cache(&mut given, "", Cache::default())?;
     let (kind, discard) = match driver {
         "file" => {
             refuse(&given, driver, &["file", "file.driver", "file.filename"])?;
@@ -212,17 +238,19 @@ fn refuse(given: &Given, driver: &str, keys: &[&str]) -> Result<(), String> {
     }
 }
 
-fn cache(given: &mut Given, prefix: &str, default: CacheConfig) -> Result<CacheConfig, String> {
-    Ok(CacheConfig {
-        direct: given.switch(&format!("{prefix}cache.direct"))?.unwrap_or(default.direct),
-        no_flush: given.switch(&format!("{prefix}cache.no-flush"))?.unwrap_or(default.no_flush),
+fn cache(given: &mut Given, prefix: &str, default: Cache) -> Result<Cache, String> {
+    check_direct(given, &format!("{prefix}cache.direct"))?;
+    Ok(match given.switch(&format!("{prefix}cache.no-flush"))? {
+        None => default,
+        Some(true) => Cache::Unsafe,
+        Some(false) => Cache::Writeback,
     })
 }
 
-fn file_node(given: &mut Given, prefix: &str, cache: CacheConfig, discard: bool) -> Result<FileNode, String> {
+fn file_node(given: &mut Given, prefix: &str, cache: Cache, discard: bool) -> Result<FileNode, String> {
     let filename = format!("{prefix}filename");
     let path = given.path(&filename)?.ok_or_else(|| format!("property '{filename}' is missing"))?;
-    let locking = given.choice(&format!("{prefix}locking"), LOCKING)?.unwrap_or_default();
+    let locking = given.choice(&format!("{prefix}locking"), LOCKING)?.unwrap_or(true);
     let aio = aio(given, &format!("{prefix}aio"))?;
     Ok(FileNode { path, cache, locking, aio, discard })
 }
@@ -242,7 +270,6 @@ struct Entry {
 #[derive(Debug)]
 pub(super) struct Found {
     pub(super) drive: DriveConfig,
-    pub(super) write_cache: bool,
     pub(super) serial: Option<String>,
 }
 
@@ -269,14 +296,10 @@ impl Blocks {
         })?;
         self.use_by(at, user)?;
         match &self.0[at].block {
-            Block::Drive(drive) => Ok(Found {
-                drive: drive.config.clone(),
-                write_cache: drive.write_cache,
-                serial: drive.serial.clone(),
-            }),
+            Block::Drive(drive) => Ok(Found { drive: drive.config.clone(), serial: drive.serial.clone() }),
             Block::Node(_) => {
                 let drive = self.whole(at, user)?;
-                Ok(Found { drive, write_cache: true, serial: None })
+                Ok(Found { drive, serial: None })
             }
         }
     }
@@ -339,6 +362,7 @@ fn image_of(id: String, file: &FileNode, read_only: bool, discard: bool) -> Driv
         cache: file.cache,
         discard: discard && file.discard,
         locking: file.locking,
+        share_rw: false,
         aio: file.aio,
     }
 }

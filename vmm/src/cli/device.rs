@@ -4,10 +4,10 @@
 //! resolved once everything was read: [`Wanted::resolve`].
 
 use super::MAX_CPUS;
-use super::block::Blocks;
+use super::block::{Blocks, Found};
 use super::config::{
-    BlkConfig, DeviceConfig, DeviceKind, LAST_SLOT, MAX_PORTS, MAX_QUEUE_SIZE, MAX_QUEUES, MacAddress,
-    NetConfig, Offloads, PortConfig, RngConfig, RngSource, SerialConfig, TapConfig,
+    BlkConfig, Cache, DeviceConfig, DeviceKind, LAST_SLOT, MAX_PORTS, MAX_QUEUE_SIZE, MAX_QUEUES, MacAddress,
+    NetConfig, Offloads, PortConfig, RngConfig, RngSource, SerialConfig,
 };
 use super::given::{Given, known};
 use super::keyval::Pair;
@@ -50,6 +50,7 @@ struct Blk {
     write_cache: Option<bool>,
     discard: bool,
     write_zeroes: bool,
+    share_rw: bool,
 }
 
 #[derive(Debug)]
@@ -58,8 +59,6 @@ struct Net {
     mac: Option<MacAddress>,
     mq: Option<bool>,
     vectors: Option<u16>,
-    rx_queue_size: u16,
-    tx_queue_size: u16,
     host_mtu: Option<u16>,
     /// Offloads that were named.
     switches: Vec<(&'static str, bool)>,
@@ -156,6 +155,7 @@ impl Wanted {
             write_cache: None,
             discard: true,
             write_zeroes: true,
+            share_rw: false,
         });
         self.push("-drive", format!("virtio-blk-pci,drive={drive}"), kind);
     }
@@ -167,8 +167,6 @@ impl Wanted {
             mac,
             mq: None,
             vectors: None,
-            rx_queue_size: QUEUE_SIZE,
-            tx_queue_size: QUEUE_SIZE,
             host_mtu: None,
             switches: Vec::new(),
         }));
@@ -323,6 +321,7 @@ fn blk(given: &mut Given) -> Result<Blk, String> {
             .flatten(),
         discard: given.switch("discard")?.unwrap_or(true),
         write_zeroes: given.switch("write-zeroes")?.unwrap_or(true),
+        share_rw: given.switch("share-rw")?.unwrap_or(false),
     })
 }
 
@@ -356,6 +355,8 @@ const MRG_RXBUF: &str = "mrg_rxbuf";
 
 fn net(given: &mut Given) -> Result<Net, String> {
     let netdev = given.required("netdev")?;
+    given.only("rx_queue_size", &["256"])?;
+    given.only("tx_queue_size", &["256"])?;
     let mut switches = Vec::new();
     for name in OFFLOADS.into_iter().chain([MRG_RXBUF]) {
         switches.extend(given.switch(name)?.map(|state| (name, state)));
@@ -365,8 +366,6 @@ fn net(given: &mut Given) -> Result<Net, String> {
         mac: given.text("mac").map(|text| of("mac", mac(&text))).transpose()?,
         mq: given.switch("mq")?,
         vectors: given.number("vectors", 0..=2048)?,
-        rx_queue_size: given.queue_size("rx_queue_size", QUEUE_SIZE..=MAX_QUEUE_SIZE)?.unwrap_or(QUEUE_SIZE),
-        tx_queue_size: given.queue_size("tx_queue_size", QUEUE_SIZE..=MAX_QUEUE_SIZE)?.unwrap_or(QUEUE_SIZE),
         // The least that IPv4 allows, RFC 791.
         host_mtu: given.number("host_mtu", 68..=u16::MAX)?,
         switches,
@@ -456,11 +455,21 @@ impl Blk {
     fn resolve(self, cpus: u8, user: &str, blocks: &mut Blocks) -> Result<BlkConfig, String> {
         // As in QEMU, each vCPU has a queue of its own.
         const { assert!(MAX_CPUS as u16 <= MAX_QUEUES) };
-        let found = blocks.take(&self.drive, user)?;
+        let Found { mut drive, serial } = blocks.take(&self.drive, user)?;
+        drive.share_rw = self.share_rw;
+        drive.cache = match (drive.cache, self.write_cache) {
+            (Cache::Unsafe, Some(false)) => {
+                return Err(
+                    "property 'write-cache': off is in vain, as flushes of the drive do nothing".into()
+                );
+            }
+            (Cache::Writethrough, Some(true)) => Cache::Writeback,
+            (Cache::Writeback, Some(false)) => Cache::Writethrough,
+            (cache, _) => cache,
+        };
         Ok(BlkConfig {
-            write_cache: self.write_cache.unwrap_or(found.write_cache),
-            drive: found.drive,
-            serial: self.serial.or(found.serial),
+            drive,
+            serial: self.serial.or(serial),
             queues: self.queues.unwrap_or(cpus.into()),
             queue_size: self.queue_size,
             discard: self.discard,
@@ -487,19 +496,16 @@ impl Net {
                 "property 'vectors': {wanted} is not what {queues} pairs of queues have, which is {vectors}; leave it out"
             ));
         }
-        let has_headers = !matches!(netdev.tap, TapConfig::Named { vnet_hdr: false, .. });
         Ok(NetConfig {
-            offloads: self.offloads(has_headers)?,
+            offloads: self.offloads()?,
             netdev,
             mac: mac.ok_or("no address is left")?,
-            rx_queue_size: self.rx_queue_size,
-            tx_queue_size: self.tx_queue_size,
             host_mtu: self.host_mtu,
         })
     }
 
     /// Which of them are on: those that were not named, if what they need is on (virtio 1.2, 5.1.3.1).
-    fn offloads(&self, has_headers: bool) -> Result<Offloads, String> {
+    fn offloads(&self) -> Result<Offloads, String> {
         let named =
             |name: &str| self.switches.iter().find(|(other, _)| *other == name).map(|(_, state)| *state);
         let pick = |name: &str, is_possible: bool, needs: &str| match named(name) {
@@ -507,9 +513,7 @@ impl Net {
             Some(state) => Ok(state),
             None => Ok(is_possible),
         };
-        let headers = "vnet_hdr=on of its netdev";
-        let [csum, guest_csum] = ["csum", "guest_csum"].map(|name| pick(name, has_headers, headers));
-        let (csum, guest_csum) = (csum?, guest_csum?);
+        let [csum, guest_csum] = ["csum", "guest_csum"].map(|name| named(name).unwrap_or(true));
         let host = |name| pick(name, csum, "csum=on");
         let guest = |name| pick(name, guest_csum, "guest_csum=on");
         let (host_tso4, host_tso6) = (host("host_tso4")?, host("host_tso6")?);

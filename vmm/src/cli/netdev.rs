@@ -39,6 +39,9 @@ fn tap(mut given: Given) -> Result<TapConfig, String> {
                 .into(),
         );
     }
+    if !given.switch("vnet_hdr")?.unwrap_or(true) {
+        return Err("property 'vnet_hdr': off is not supported: packets have headers; leave it out".into());
+    }
     let fds = match (given.text("fd"), given.text("fds")) {
         (Some(_), Some(_)) => return Err("properties 'fd' and 'fds' exclude each other".into()),
         (Some(fd), None) => Some(("fd", vec![descriptor("fd", &fd)?])),
@@ -46,7 +49,7 @@ fn tap(mut given: Given) -> Result<TapConfig, String> {
         (None, None) => None,
     };
     if let Some((key, fds)) = fds {
-        return match ["ifname", "queues", "vnet_hdr"].iter().find(|other| given.has(other)) {
+        return match ["ifname", "queues"].iter().find(|other| given.has(other)) {
             Some(other) => Err(format!("properties '{key}' and '{other}' exclude each other")),
             None => Ok(TapConfig::Inherited { fds }),
         };
@@ -56,9 +59,8 @@ fn tap(mut given: Given) -> Result<TapConfig, String> {
     )?;
     check_interface_name(&name).map_err(|reason| format!("property 'ifname': {reason}"))?;
     let queues = given.number("queues", 1..=MAX_QUEUES)?.unwrap_or(1);
-    let vnet_hdr = given.switch("vnet_hdr")?.unwrap_or(true);
     given.finish();
-    Ok(TapConfig::Named { name, queues, vnet_hdr })
+    Ok(TapConfig::Named { name, queues })
 }
 
 /// As the kernel's `dev_valid_name` has it. A `%` would make the kernel choose a name, another one each time.

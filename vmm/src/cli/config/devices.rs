@@ -56,6 +56,17 @@ impl DeviceConfig {
         }
     }
 
+    /// The virtio features, as bits, that it must not offer although it could.
+    pub fn withheld_features(&self) -> u64 {
+        let withheld = match &self.kind {
+            DeviceKind::Blk(blk) => vec![(13, blk.discard), (14, blk.write_zeroes)],
+            DeviceKind::Net(net) => net.offloads.features().to_vec(),
+            DeviceKind::Rng(_) | DeviceKind::Serial(_) => Vec::new(),
+        };
+        let withheld = withheld.into_iter().filter(|(_, is_offered)| !is_offered);
+        withheld.fold(0, |bits, (feature, _)| bits | 1 << feature)
+    }
+
     /// Names and ids in the registry of the descriptors that an update must bring for it.
     pub fn registry_entries(&self) -> Vec<(String, u64)> {
         match &self.kind {
@@ -80,8 +91,6 @@ pub struct BlkConfig {
     pub queues: u16,
     /// Entries of each queue, a power of two.
     pub queue_size: u16,
-    /// The disk has a cache that a driver has to flush.
-    pub write_cache: bool,
     /// The driver may discard sectors.
     pub discard: bool,
     /// The driver may have sectors zeroed.
@@ -97,12 +106,14 @@ pub struct DriveConfig {
     pub path: PathBuf,
     /// It is never written.
     pub read_only: bool,
-    /// How the host's cache is used.
-    pub cache: CacheConfig,
+    /// When a write is on the disk.
+    pub cache: Cache,
     /// What the guest discards is given back to the host; else it is kept.
     pub discard: bool,
-    /// Whether the image is locked against other programs.
-    pub locking: Locking,
+    /// Other programs are kept out by locks.
+    pub locking: bool,
+    /// Those that write to it are not (`share-rw` of the device).
+    pub share_rw: bool,
     /// How it is read and written.
     pub aio: Aio,
 }
@@ -114,37 +125,26 @@ impl DriveConfig {
     }
 }
 
-/// How the host's cache of an image is used.
+/// When a write is on the disk, in the words of `cache=`. All go through the host's page cache.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
-pub struct CacheConfig {
-    /// Past the page cache, by O_DIRECT.
-    pub direct: bool,
-    /// A flush of the guest's does nothing: a crash of the host may lose what was flushed.
-    pub no_flush: bool,
-}
-
-/// Whether an image is locked.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
-pub enum Locking {
-    /// Where the file has locks of open file descriptions.
+pub enum Cache {
+    /// When the guest flushes; it is told of the cache.
     #[default]
-    Auto,
-    /// An image that cannot be locked is refused.
-    On,
-    /// No.
-    Off,
+    Writeback,
+    /// When it is completed.
+    Writethrough,
+    /// At some time: a flush does nothing, and a crash of the host may lose what was flushed.
+    Unsafe,
 }
 
 /// How an image is read and written.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub enum Aio {
-    /// By io_uring if the host has it, else by threads.
+    /// By io_uring if the host has it, else as [`Threads`](Self::Threads).
     #[default]
-    Auto,
+    IoUring,
     /// By threads.
     Threads,
-    /// By io_uring; a host without it is refused.
-    IoUring,
 }
 
 /// A network interface: `virtio-net-pci`.
@@ -154,11 +154,7 @@ pub struct NetConfig {
     pub netdev: NetdevConfig,
     /// Its address.
     pub mac: MacAddress,
-    /// The entries of each receive queue, a power of two.
-    pub rx_queue_size: u16,
-    /// The entries of each transmit queue, a power of two.
-    pub tx_queue_size: u16,
-    /// What it may offer to the driver, provided that the tap device can do it.
+    /// What it offers to the driver.
     pub offloads: Offloads,
     /// The largest packet that it tells the driver of, in bytes.
     pub host_mtu: Option<u16>,
@@ -216,6 +212,25 @@ pub struct Offloads {
     pub mrg_rxbuf: bool,
 }
 
+impl Offloads {
+    /// The number of each feature (virtio 1.2, 5.1.3), and whether it is on.
+    fn features(&self) -> [(u32, bool); 11] {
+        [
+            (0, self.csum),
+            (1, self.guest_csum),
+            (7, self.guest_tso4),
+            (8, self.guest_tso6),
+            (9, self.guest_ecn),
+            (10, self.guest_ufo),
+            (11, self.host_tso4),
+            (12, self.host_tso6),
+            (13, self.host_ecn),
+            (14, self.host_ufo),
+            (15, self.mrg_rxbuf),
+        ]
+    }
+}
+
 /// A tap device of the host.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct NetdevConfig {
@@ -234,10 +249,8 @@ pub enum TapConfig {
         name: String,
         /// Queues to open.
         queues: u16,
-        /// Ask for headers that say what offloading there is to do; without them there is none.
-        vnet_hdr: bool,
     },
-    /// By descriptors that the program was started with, one for each queue. Whether there are headers, they say themselves.
+    /// By descriptors that the program was started with, one for each queue.
     Inherited {
         /// Their numbers, 3 or more; none of them twice on a command line.
         fds: Vec<i32>,

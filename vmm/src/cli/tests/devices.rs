@@ -28,23 +28,16 @@ fn image() -> DriveConfig {
         id: "d".into(),
         path: "/i".into(),
         read_only: false,
-        cache: CacheConfig::default(),
+        cache: Cache::Writeback,
         discard: false,
-        locking: Locking::Auto,
-        aio: Aio::Auto,
+        locking: true,
+        share_rw: false,
+        aio: Aio::IoUring,
     }
 }
 
 fn blk(drive: DriveConfig) -> BlkConfig {
-    BlkConfig {
-        drive,
-        serial: None,
-        queues: 1,
-        queue_size: 256,
-        write_cache: true,
-        discard: true,
-        write_zeroes: true,
-    }
+    BlkConfig { drive, serial: None, queues: 1, queue_size: 256, discard: true, write_zeroes: true }
 }
 
 #[test]
@@ -74,15 +67,16 @@ fn a_drive_and_its_device() {
 #[test]
 fn every_property_of_a_disk() {
     let all = devices(
-        "-smp 3 -drive file=/i,if=none,id=d,format=raw,readonly=on,cache=none,aio=threads,discard=unmap,\
-         file.locking=on,serial=other -device virtio-blk-pci,drive=d,id=disk0,addr=0x1f.0,serial=1-2,num-queues=2,\
-         queue-size=512,write-cache=off,discard=off,write-zeroes=off",
+        "-smp 3 -drive file=/i,if=none,id=d,format=raw,readonly=on,cache=writeback,aio=threads,discard=unmap,\
+         file.locking=off,serial=other -device virtio-blk-pci,drive=d,id=disk0,addr=0x1f.0,serial=1-2,num-queues=2,\
+         queue-size=512,write-cache=off,discard=off,write-zeroes=off,share-rw=on",
     );
     let drive = DriveConfig {
         read_only: true,
-        cache: CacheConfig { direct: true, no_flush: false },
+        cache: Cache::Writethrough,
         discard: true,
-        locking: Locking::On,
+        locking: false,
+        share_rw: true,
         aio: Aio::Threads,
         ..image()
     };
@@ -91,7 +85,6 @@ fn every_property_of_a_disk() {
         serial: Some("1-2".into()),
         queues: 2,
         queue_size: 512,
-        write_cache: false,
         discard: false,
         write_zeroes: false,
     };
@@ -103,54 +96,48 @@ fn every_property_of_a_disk() {
 
 #[test]
 fn caches_are_qemus() {
-    let cache = |options: &str| {
-        let all = devices(&format!("-drive file=/i,format=raw,{options}"));
-        let DeviceKind::Blk(blk) = &all[0].kind else { panic!("{all:?}") };
-        (blk.drive.cache.direct, blk.drive.cache.no_flush, blk.write_cache)
+    let cache = |drive: &str, device: &str| {
+        let line =
+            format!("-drive if=none,id=d,file=/i,format=raw{drive} -device virtio-blk-pci,drive=d{device}");
+        self::drive(&line).cache
     };
-    assert_eq!(cache("cache=writeback"), (false, false, true));
-    assert_eq!(cache("cache=none"), (true, false, true));
-    assert_eq!(cache("cache=writethrough"), (false, false, false));
-    assert_eq!(cache("cache=directsync"), (true, false, false));
-    assert_eq!(cache("cache=unsafe"), (false, true, true));
-    assert_eq!(cache("cache=none,cache.direct=off,cache.writeback=off"), (false, false, false));
-    assert_eq!(cache("cache.no-flush=on"), (false, true, true));
+    assert_eq!(cache("", ""), Cache::Writeback);
+    assert_eq!(cache(",cache=writeback", ",write-cache=auto"), Cache::Writeback);
+    assert_eq!(cache(",cache=writethrough", ""), Cache::Writethrough);
+    assert_eq!(cache(",cache=writethrough", ",write-cache=on"), Cache::Writeback);
+    assert_eq!(cache("", ",write-cache=off"), Cache::Writethrough);
+    assert_eq!(cache(",cache=unsafe", ""), Cache::Unsafe);
+    assert_eq!(cache(",cache=unsafe,cache.no-flush=off", ",write-cache=on"), Cache::Writeback);
+    assert_eq!(cache(",cache.no-flush=on,cache.direct=off", ""), Cache::Unsafe);
+    assert_eq!(cache(",cache.writeback=off", ""), Cache::Writethrough);
 }
 
 #[test]
 fn nodes_inherit_as_in_qemu() {
     let device = "-device virtio-blk-pci,drive=d";
     // A file inside a node has what the node has, and lets discards through.
-    let inside = "-blockdev raw,node-name=d,file.driver=file,file.filename=/i,read-only=on,cache.direct=on,discard=unmap";
-    let expected = DriveConfig {
-        read_only: true,
-        cache: CacheConfig { direct: true, no_flush: false },
-        discard: true,
-        ..image()
-    };
+    let inside = "-blockdev raw,node-name=d,file.driver=file,file.filename=/i,read-only=on,cache.no-flush=on,discard=unmap";
+    let expected = DriveConfig { read_only: true, cache: Cache::Unsafe, discard: true, ..image() };
     assert_eq!(drive(&format!("{inside} {device}")), expected);
-    let kept = DriveConfig { discard: false, cache: CacheConfig::default(), ..expected.clone() };
-    assert_eq!(drive(&format!("{inside},file.discard=ignore,file.cache.direct=off {device}")), kept);
+    let kept = DriveConfig { discard: false, cache: Cache::Writeback, ..expected.clone() };
+    assert_eq!(drive(&format!("{inside},file.discard=ignore,file.cache.no-flush=off {device}")), kept);
     // A node of its own has what it says itself.
-    let upon = "-blockdev raw,node-name=d,file=f,read-only=on,cache.direct=on,discard=unmap -blockdev file,node-name=f,filename=/i";
+    let upon = "-blockdev raw,node-name=d,file=f,read-only=on,cache.no-flush=on,discard=unmap -blockdev file,node-name=f,filename=/i";
     assert_eq!(drive(&format!("{upon} {device}")), kept);
-    let told = "read-only=on,cache.direct=on,discard=unmap,aio=io_uring,locking=off,auto-read-only=off";
-    let expected = DriveConfig { aio: Aio::IoUring, locking: Locking::Off, ..expected };
+    let told = "read-only=on,cache.no-flush=on,discard=unmap,aio=threads,locking=off,auto-read-only=off";
+    let expected = DriveConfig { aio: Aio::Threads, locking: false, ..expected };
     assert_eq!(drive(&format!("{upon},{told} {device}")), expected);
 }
 
 #[test]
 fn tap_devices() {
-    let named = |name: &str, queues, vnet_hdr| TapConfig::Named { name: name.into(), queues, vnet_hdr };
+    let named = |name: &str, queues| TapConfig::Named { name: name.into(), queues };
     let tap = |options: &str| {
         let line = format!("-netdev tap,id=n,{options} -device virtio-net-pci,netdev=n");
         nets(&line).remove(0).netdev
     };
-    assert_eq!(tap("ifname=t0").tap, named("t0", 1, true));
-    assert_eq!(
-        tap("ifname=t0,queues=4,vnet_hdr=off,script=no,downscript=no,vhost=off").tap,
-        named("t0", 4, false)
-    );
+    assert_eq!(tap("ifname=t0").tap, named("t0", 1));
+    assert_eq!(tap("ifname=t0,queues=4,vnet_hdr=on,script=no,downscript=no,vhost=off").tap, named("t0", 4));
     assert_eq!(tap("fd=3,script=no").tap, TapConfig::Inherited { fds: vec![3] });
     let several = tap("fds=7:5:6");
     assert_eq!(several.tap, TapConfig::Inherited { fds: vec![7, 5, 6] });
@@ -180,9 +167,12 @@ fn addresses_are_qemus_and_stay() {
 
 #[test]
 fn offloads_need_each_other() {
-    let with = |netdev: &str, device: &str| {
-        let line = format!("-netdev tap,id=n,ifname=t{netdev} -device virtio-net-pci,netdev=n{device}");
-        nets(&line).remove(0).offloads
+    let device = |options: &str| {
+        devices(&format!("-netdev tap,id=n,ifname=t -device virtio-net-pci,netdev=n{options}")).remove(0)
+    };
+    let with = |options: &str| match device(options).kind {
+        DeviceKind::Net(net) => net.offloads,
+        other => panic!("{other:?}"),
     };
     let all = Offloads {
         csum: true,
@@ -197,7 +187,7 @@ fn offloads_need_each_other() {
         guest_ufo: true,
         mrg_rxbuf: true,
     };
-    assert_eq!(with("", ""), all);
+    assert_eq!(with(""), all);
     let none = Offloads {
         csum: false,
         guest_csum: false,
@@ -211,16 +201,17 @@ fn offloads_need_each_other() {
         guest_ufo: false,
         mrg_rxbuf: true,
     };
-    assert_eq!(with(",vnet_hdr=off", ""), none);
-    assert_eq!(with("", ",csum=off,guest_csum=off"), none);
+    assert_eq!(with(",csum=off,guest_csum=off"), none);
     assert_eq!(
-        with("", ",host_tso4=off,host_tso6=off"),
+        with(",host_tso4=off,host_tso6=off"),
         Offloads { host_tso4: false, host_tso6: false, host_ecn: false, ..all }
     );
-    assert_eq!(
-        with("", ",guest_ufo=off,mrg_rxbuf=off"),
-        Offloads { guest_ufo: false, mrg_rxbuf: false, ..all }
-    );
+    assert_eq!(with(",guest_ufo=off,mrg_rxbuf=off"), Offloads { guest_ufo: false, mrg_rxbuf: false, ..all });
+    // VIRTIO_NET_F_GUEST_UFO and VIRTIO_NET_F_MRG_RXBUF; VIRTIO_BLK_F_DISCARD.
+    assert_eq!(device("").withheld_features(), 0);
+    assert_eq!(device(",guest_ufo=off,mrg_rxbuf=off").withheld_features(), 1 << 10 | 1 << 15);
+    let disk = "-drive file=/i,if=none,id=d,format=raw -device virtio-blk-pci,drive=d,discard=off";
+    assert_eq!(devices(disk)[0].withheld_features(), 1 << 13);
 }
 
 #[test]
@@ -567,7 +558,10 @@ fn mistakes_with_devices_are_named() {
             "property 'vectors': 4 is not what 2 pairs of queues have, which is 6; leave it out",
         ),
         (&format!("{NET},host_mtu=60"), "property 'host_mtu': '60' is no number from 68 to 65535"),
-        (&format!("{NET},rx_queue_size=64"), "property 'rx_queue_size': '64' is no number from 256 to 1024"),
+        (
+            &format!("{NET},rx_queue_size=64"),
+            "property 'rx_queue_size': '64' is not supported (supported: 256)",
+        ),
         (
             &format!("{NET},csum=off,host_tso4=on"),
             "virtio-net-pci,netdev=n: property 'host_tso4': on needs csum=on",
@@ -577,8 +571,25 @@ fn mistakes_with_devices_are_named() {
             "property 'guest_ecn': on needs guest_tso4=on or",
         ),
         (
-            "-netdev tap,id=n,ifname=t,vnet_hdr=off -device virtio-net-pci,netdev=n,csum=on",
-            "property 'csum': on needs vnet_hdr=on of its netdev",
+            "-netdev tap,id=n,ifname=t,vnet_hdr=off",
+            "netdev 'n': property 'vnet_hdr': off is not supported: packets have headers; leave it out",
+        ),
+        (
+            "-drive file=/i,format=raw,id=d,cache=none",
+            "drive 'd': property 'cache': 'none' is not supported: images go through the page cache; say cache=writeback",
+        ),
+        ("-drive file=/i,format=raw,cache=directsync", "say cache=writethrough"),
+        (
+            "-blockdev file,node-name=f,filename=/i,cache.direct=on",
+            "property 'cache.direct': on is not supported",
+        ),
+        (
+            "-drive file=/i,format=raw,cache=unsafe,cache.writeback=off",
+            "cache.no-flush=on and cache.writeback=off exclude",
+        ),
+        (
+            "-drive file=/i,format=raw,if=none,id=d,cache=unsafe -device virtio-blk-pci,drive=d,write-cache=off",
+            "property 'write-cache': off is in vain",
         ),
         ("-nic user", "-nic: network backend 'user' is not supported"),
         ("-nic tap,ifname=t,model=e1000", "-nic: property 'model': 'e1000' is not supported"),
