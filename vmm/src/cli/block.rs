@@ -62,7 +62,6 @@ impl Block {
     }
 }
 
-const ON_OFF: &[(&str, bool)] = &[("on", true), ("off", false), ("true", true), ("false", false)];
 const DISCARD: &[(&str, bool)] = &[("ignore", false), ("off", false), ("unmap", true), ("on", true)];
 const LOCKING: &[(&str, bool)] = &[("auto", true), ("on", true), ("off", false)];
 const AIO: &[(&str, Aio)] = &[("threads", Aio::Threads), ("io_uring", Aio::IoUring)];
@@ -187,7 +186,7 @@ fn node(mut given: Given, driver: &str, name: String) -> Result<Node, String> {
     given.only("file.detect-zeroes", &["off"])?;
     // Here a node that may be opened either way is opened as it was asked for.
     given.only("auto-read-only", &["off"])?;
-    given.only("file.auto-read-only", &["on", "off", "true", "false"])?;
+    given.switch("file.auto-read-only")?;
     let read_only = given.switch("read-only")?.unwrap_or(false);
     let discard = given.choice("discard", DISCARD)?;
     let cache = cache(&mut given, "", Cache::default())?;
@@ -209,7 +208,7 @@ fn node(mut given: Given, driver: &str, name: String) -> Result<Node, String> {
                     given
                         .choice("file.driver", &[("file", ())])?
                         .ok_or("property 'file.driver' is missing")?;
-                    if given.choice("file.read-only", ON_OFF)?.is_some_and(|below| below != read_only) {
+                    if given.switch("file.read-only")?.is_some_and(|below| below != read_only) {
                         return Err("properties 'read-only' and 'file.read-only' differ".into());
                     }
                     let below = given.choice("file.discard", DISCARD)?.unwrap_or(true);

@@ -336,7 +336,7 @@ pub(super) fn check_serial(serial: &str) -> Result<(), String> {
     }
 }
 
-/// Offloads in the order in which they depend on each other.
+/// The properties that are switches of [`Offloads`], but for [`MRG_RXBUF`].
 const OFFLOADS: [&str; 10] = [
     "csum",
     "guest_csum",
