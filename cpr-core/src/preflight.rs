@@ -139,6 +139,11 @@ impl Manifest {
         self
     }
 
+    /// The version of what the source's host wants the target to see.
+    pub fn host_version(&self) -> u32 {
+        self.host_version
+    }
+
     /// What the source's host wants the target to see.
     ///
     /// # Errors

@@ -92,6 +92,12 @@ fn try_main(args: impl IntoIterator<Item = OsString>, started_ns: u64) -> anyhow
         }
     };
     trace::start(&config.trace)?;
+    for warning in &config.warnings {
+        tracing::warn!("{warning}");
+    }
+    if let Some(device) = config.devices.first() {
+        bail!("-device: {} is not wired up yet: this program has no PCI bus to put it on", device.describe());
+    }
     let mut app = start(config, arrival)?;
     Ok(match app.run()? {
         Exit::Fatal => ExitCode::FAILURE,

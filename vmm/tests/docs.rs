@@ -41,11 +41,10 @@ fn column(lines: impl Iterator<Item = &'static str>, first: &str) -> Names {
         .collect()
 }
 
-/// The properties in the table below an option's heading.
-fn properties(option: &str) -> Names {
-    let heading = format!("#### `-{option}`");
+/// The properties in the table below this heading.
+fn properties(heading: &str) -> Names {
     let section = chapter("Command line")
-        .skip_while(move |line| !line.starts_with(&heading))
+        .skip_while(|line| !line.starts_with(heading))
         .skip(1)
         .take_while(|line| !line.starts_with('#'));
     column(section, "property")
@@ -88,7 +87,28 @@ fn every_option_and_property_is_documented() -> anyhow::Result<()> {
     ensure!(options.len() > 20, "the help was not understood: {options:?}");
     same("options", &headings("Command line"), &options)?;
     for (option, real) in listed {
-        same(&format!("properties of -{option}"), &properties(&option), &real)?;
+        let documented = properties(&format!("#### `-{option}`"));
+        same(&format!("properties of -{option}"), &documented, &real)?;
+    }
+    Ok(())
+}
+
+#[test]
+fn every_device_model_and_its_properties_are_documented() -> anyhow::Result<()> {
+    let device = |what: &str| -> anyhow::Result<String> {
+        let help = Command::new(env!("CARGO_BIN_EXE_cpr-vmm")).args(["-device", what]).output()?;
+        Ok(String::from_utf8(help.stdout)?)
+    };
+    // Lines such as `name "virtio-blk-pci", alias virtio-blk   a disk`.
+    let models: Names = device("help")?.split('"').skip(1).step_by(2).map(str::to_owned).collect();
+    let headings = chapter("Command line").filter_map(|line| line.strip_prefix("##### "));
+    same("device models", &headings.map(str::to_owned).collect(), &models)?;
+    for model in models {
+        // Lines such as `  drive=<ID>    - what it is`.
+        let help = device(&format!("{model},help"))?;
+        let names =
+            help.lines().filter_map(|line| Some(line.strip_prefix("  ")?.split_once('=')?.0.to_owned()));
+        same(&format!("properties of {model}"), &properties(&format!("##### {model}")), &names.collect())?;
     }
     Ok(())
 }

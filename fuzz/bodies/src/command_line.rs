@@ -5,7 +5,7 @@ use std::ffi::OsString;
 use std::os::unix::ffi::OsStringExt;
 
 use vmm::chardev;
-use vmm::cli::config::Config;
+use vmm::cli::config::{Config, DeviceKind, LAST_SLOT, MAX_QUEUES};
 use vmm::cli::{self, Invocation, MAX_CPUS};
 
 /// A command line. What is understood holds what the types promise.
@@ -33,8 +33,38 @@ fn check(config: &Config) {
     for user in users {
         assert!(ids.contains(user.as_str()), "{user}");
     }
+    check_devices(config);
     for chardev in &config.chardevs {
         chardev::identity(chardev).expect("a path can be made absolute");
+    }
+}
+
+/// Slots, and what descriptors are called, belong to one device each.
+fn check_devices(config: &Config) {
+    let (mut slots, mut entries) = (BTreeSet::new(), BTreeSet::new());
+    for device in &config.devices {
+        assert!((1..=LAST_SLOT).contains(&device.slot) && slots.insert(device.slot), "{device:?}");
+        for entry in device.registry_entries() {
+            assert!(entries.insert(entry), "{device:?}");
+        }
+        match &device.kind {
+            DeviceKind::Blk(blk) => {
+                assert!((1..=MAX_QUEUES).contains(&blk.queues) && blk.queue_size.is_power_of_two());
+            }
+            DeviceKind::Net(net) => {
+                assert!((1..=MAX_QUEUES).contains(&net.queue_pairs()));
+                assert!(net.mac.0[0] & 1 == 0);
+            }
+            DeviceKind::Serial(serial) => {
+                let numbers: BTreeSet<_> = serial.ports.iter().map(|port| port.number).collect();
+                assert!(numbers.len() == serial.ports.len());
+                assert!(numbers.iter().all(|&number| number < serial.max_ports));
+                for port in &serial.ports {
+                    assert!(config.chardevs.iter().any(|chardev| chardev.id == port.chardev), "{port:?}");
+                }
+            }
+            _ => {}
+        }
     }
 }
 
@@ -62,6 +92,16 @@ pub(crate) fn seeds() -> Vec<Vec<u8>> {
         "-incoming defer -smp 64 -m 2T",
         "-incoming memfd: --help",
         "-version",
+        "-drive file=/i,if=none,id=d,format=raw,readonly=on,cache=unsafe,aio=threads,discard=unmap,file.locking=off -device virtio-blk-pci,drive=d,id=x,addr=0x1f.0,serial=s,num-queues=2,queue-size=512,write-cache=auto,bootindex=1",
+        "-smp 2 -drive file=/i,format=raw -drive file=file:/j,format=raw,if=virtio,serial=t -device virtio-rng-pci,addr=2",
+        "-blockdev raw,node-name=n,file=f,read-only=on -blockdev file,node-name=f,filename=/i,cache.no-flush=on,discard=unmap -device virtio-blk-pci,drive=n",
+        "-blockdev {\"driver\":\"raw\",\"node-name\":\"n\",\"file\":{\"driver\":\"file\",\"filename\":\"/i\",\"aio\":\"io_uring\"}} -device {\"driver\":\"virtio-blk-pci\",\"drive\":\"n\",\"num-queues\":4}",
+        "-netdev tap,id=n,ifname=t,script=no,downscript=no,queues=2,vnet_hdr=on,vhost=off -device virtio-net-pci,netdev=n,mq=on,vectors=6,mac=52:54:00:12:34:56",
+        "-netdev tap,id=n,fds=3:4 -netdev tap,id=m,fd=5 -device virtio-net-pci,netdev=n,host_mtu=9000,csum=off -device virtio-net-pci,netdev=m,guest_tso4=off,mrg_rxbuf=off",
+        "-nic tap,ifname=t,mac=02:00:00:00:00:01 -nic tap,fd=9,model=virtio-net-pci -nic none",
+        "-object rng-random,id=r,filename=/dev/random -object rng-builtin,id=b -device virtio-rng-pci,rng=r -device virtio-rng-pci,rng=b",
+        "-chardev null,id=c -chardev null,id=e -device virtio-serial-pci,id=s,max_ports=2 -device virtconsole,chardev=c,name=x,nr=1,bus=s.0 -device virtconsole,chardev=e",
+        "-device virtio-net-pci,help",
     ]
     .map(|line| line.replace(' ', "\0").into_bytes())
     .to_vec()
@@ -111,6 +151,36 @@ pub(crate) const WORDS: &[&str] = &[
     ",addr.transport=file",
     ",addr.filename=",
     ",addr.offset=",
+    "-drive",
+    "-blockdev",
+    "-netdev",
+    "-nic",
+    "-device",
+    "file=/i,format=raw,if=none,id=",
+    "raw,node-name=",
+    "file,node-name=",
+    ",file=",
+    ",filename=",
+    ",file.driver=file,file.filename=",
+    ",read-only=on",
+    ",discard=unmap",
+    ",cache.no-flush=on",
+    "tap,id=",
+    ",ifname=",
+    ",fds=3:4",
+    ",fd=5",
+    ",queues=2",
+    "virtio-blk-pci,drive=",
+    "virtio-net-pci,netdev=",
+    "virtio-rng-pci,rng=",
+    "virtio-serial-pci,max_ports=2",
+    "virtconsole,chardev=",
+    "rng-random,id=",
+    ",addr=",
+    ",num-queues=",
+    ",queue-size=",
+    ",mac=52:54:00:12:34:",
+    ",nr=1",
     "18446744073709551615",
     "0x",
     ".999999999",

@@ -14,7 +14,8 @@ use crate::decoded;
 fn config() -> &'static Config {
     static CONFIG: OnceLock<Config> = OnceLock::new();
     CONFIG.get_or_init(|| {
-        let args = "-object memory-backend-memfd,id=ram0,size=64M -machine memory-backend=ram0 -smp 2";
+        let args = "-object memory-backend-memfd,id=ram0,size=64M -machine memory-backend=ram0 -smp 2 -drive \
+                    file=/i,id=d,format=raw -nic tap,fd=9 -device virtio-rng-pci";
         match cli::parse(args.split(' ').map(Into::into)) {
             Ok(Invocation::Run(config)) => *config,
             other => panic!("{other:?}"),

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use cpr_core::{FdKind, FdPolicy};
 use serde_json::{Value, json};
 
-use super::{App, Exit, RunState, UNDER_WAY, WAITING};
+use super::{App, Exit, RunState, UNDER_WAY, WAITING, device_queries};
 use crate::cli::config::MemoryBackend;
 use crate::errors;
 use crate::migration;
@@ -34,6 +34,9 @@ impl Backend for App {
             }
             Command::QueryCpusFast => Ok(Reply::Value(self.query_cpus())),
             Command::QueryChardev => Ok(Reply::Value(self.query_chardev())),
+            Command::QueryBlock => Ok(Reply::Value(device_queries::block(&self.parts.config.devices))),
+            Command::QueryPci => Ok(Reply::Value(device_queries::pci(&self.parts.config.devices))),
+            Command::QueryNetwork => Ok(Reply::Value(device_queries::network(&self.parts.config.devices))),
             Command::QueryMemdev => Ok(Reply::Value(self.query_memdev())),
             Command::Stop => self.stop_command().map_err(failed).map(|()| Reply::empty()),
             Command::Cont => self.cont(),

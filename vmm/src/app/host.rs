@@ -19,6 +19,7 @@ use vmm_core::state::{Blob, MachineState};
 use vmm_core::time::{Now, TimeState};
 
 use super::commands::named_fd;
+use super::device_shape::{DeviceShape, DevicesSection};
 use super::lifecycle::Reset;
 use super::preflight::MachineShape;
 use super::{App, Exit, FrontEnd, RunState, User};
@@ -312,6 +313,9 @@ pub fn read_machine(main: &mut Frame, config: &Config) -> anyhow::Result<Arrived
         _ => RunState::Paused,
     };
     machine.shape().check(&MachineShape::of(config))?;
+    let devices = main.take(DevicesSection::NAME, 0).map(|section| formats::read(&section)).transpose()?;
+    let DevicesSection(devices) = devices.unwrap_or_default();
+    DeviceShape::check_all(&devices, &DeviceShape::all_of(config))?;
     let mut vcpus = Vec::new();
     for instance in 0..machine.vcpus {
         vcpus.push(formats::take(main, instance)?);
@@ -459,6 +463,9 @@ impl App {
         let machine = self.hardware()?.machine.save()?;
         let ended = GuestEnd::of(self.exit.as_ref());
         formats::put(main, 0, &MachineSection::of(&self.parts.config, self.state_before_update, ended))?;
+        if !self.parts.config.devices.is_empty() {
+            formats::put(main, 0, &DevicesSection(DeviceShape::all_of(&self.parts.config)))?;
+        }
         formats::put(main, 0, &machine.vm)?;
         for (instance, vcpu) in machine.vcpus.iter().enumerate() {
             formats::put(main, u32::try_from(instance)?, vcpu)?;

@@ -6,6 +6,8 @@
 //! - `front_ends`: which bytes go to which monitor or serial port.
 //! - `commands`: what monitor commands do.
 //! - `departure`: what the program is while it runs the guest in the keeper.
+//! - `device_queries`: what monitors tell of devices.
+//! - `device_shape`: what guest and target must agree on of each PCI device.
 //! - `host`: what an update does to the program ([`cpr_core::Host`]), and the sections it saves.
 //! - `preflight`: what the next program is shown of the machine, and what this one says to another's.
 //! - `lifecycle`: run states, reset, power-off, the end.
@@ -14,6 +16,8 @@
 mod arrival;
 mod commands;
 mod departure;
+mod device_queries;
+mod device_shape;
 mod front_ends;
 mod host;
 mod lifecycle;

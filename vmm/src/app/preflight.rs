@@ -6,6 +6,7 @@ use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 
 use anyhow::{Context, bail, ensure};
+use cpr_core::frame::FrameError;
 use cpr_core::preflight::{self, Manifest, SectionCatalogue, Verdict};
 use cpr_core::section::SectionType;
 use cpr_exec::MainChannel;
@@ -15,9 +16,10 @@ use vmm_core::kvm::{self, Capabilities};
 use vmm_core::state::{PlatformState, SerialState, VcpuState, VmState};
 
 use super::App;
+use super::device_shape::{DeviceShape, DevicesSection};
 use super::host::{EarlyState, MachineSection, OutsideSection, SerialInput};
 use crate::chardev;
-use crate::cli::config::{Config, Incoming, MemoryBackend, MemoryConfig};
+use crate::cli::config::{Config, DeviceConfig, Incoming, MemoryBackend, MemoryConfig};
 use crate::cli::{self, Invocation};
 use crate::errors;
 use crate::formats;
@@ -45,6 +47,11 @@ fn sections() -> [Row; 7] {
     ]
 }
 
+/// The one that is written if the machine has PCI devices.
+fn devices() -> Row {
+    row::<DevicesSection>()
+}
+
 /// The one that is written if the guest moves to another process.
 fn moving() -> Row {
     row::<SerialInput>()
@@ -61,11 +68,43 @@ pub(super) struct MachineShape {
     pub(super) vcpus: u32,
 }
 
-/// Version 1 of the host's part of a manifest.
+/// The host's part of a manifest, in version 2: of a machine with PCI devices.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 struct MachineManifest {
     shape: MachineShape,
     ram: RamManifest,
+    /// By slot.
+    devices: Vec<DeviceShape>,
+}
+
+/// Version 1, of a machine without: what it was when there were none, so that the release before can judge it.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+struct MachineManifestV1 {
+    shape: MachineShape,
+    ram: RamManifest,
+}
+
+impl MachineManifest {
+    fn of(config: &Config) -> MachineManifest {
+        let (shape, ram) = (MachineShape::of(config), RamManifest::of(&config.memory));
+        MachineManifest { shape, ram, devices: DeviceShape::all_of(config) }
+    }
+
+    fn put_into(self, manifest: Manifest) -> Manifest {
+        let MachineManifest { shape, ram, devices } = self;
+        match devices.is_empty() {
+            true => manifest.host(1, &MachineManifestV1 { shape, ram }),
+            false => manifest.host(2, &MachineManifest { shape, ram, devices }),
+        }
+    }
+
+    fn find_in(manifest: &Manifest) -> Result<MachineManifest, FrameError> {
+        if manifest.host_version() == 1 {
+            let MachineManifestV1 { shape, ram } = manifest.decode_host(1)?;
+            return Ok(MachineManifest { shape, ram, devices: Vec::new() });
+        }
+        manifest.decode_host(2)
+    }
 }
 
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -153,9 +192,9 @@ impl App {
 
 /// The manifest of a machine with this configuration; `moves_out`: its guest moves to another process.
 pub fn manifest_of(config: &Config, moves_out: bool) -> Manifest {
-    let machine = MachineManifest { shape: MachineShape::of(config), ram: RamManifest::of(&config.memory) };
-    let mut manifest = Manifest::default().host(1, &machine);
-    for (name, versions) in sections().into_iter().chain(moves_out.then(moving)) {
+    let mut manifest = MachineManifest::of(config).put_into(Manifest::default());
+    let devices = (!config.devices.is_empty()).then(devices);
+    for (name, versions) in sections().into_iter().chain(devices).chain(moves_out.then(moving)) {
         let instances = if name == VcpuState::NAME { config.cpus.into() } else { 1 };
         for instance in 0..instances {
             manifest = manifest.section(name, instance, versions.clone());
@@ -180,16 +219,24 @@ pub fn judge_shown(
     for (name, versions) in sections() {
         catalogue = catalogue.requires(name, versions);
     }
-    let (name, versions) = moving();
-    catalogue = catalogue.reads(name, versions);
-    let machine = match manifest.decode_host::<MachineManifest>(1) {
+    for (name, versions) in [devices(), moving()] {
+        catalogue = catalogue.reads(name, versions);
+    }
+    let machine = match MachineManifest::find_in(manifest) {
         Ok(machine) => machine,
         Err(error) => return catalogue.judge(manifest, [errors::text(&error)]),
     };
     // Whose id it is has a check of its own.
     catalogue = catalogue.claims(&machine.ram.id, 0);
-    let checks =
-        [check_shape(&machine.shape, config), machine.ram.check(&config.memory), check_front_ends(config)];
+    for (name, id) in config.devices.iter().flat_map(DeviceConfig::registry_entries) {
+        catalogue = catalogue.claims(&name, id);
+    }
+    let checks = [
+        check_shape(&machine.shape, config),
+        machine.ram.check(&config.memory),
+        DeviceShape::check_all(&machine.devices, &DeviceShape::all_of(config)),
+        check_front_ends(config),
+    ];
     let obstacles = checks.into_iter().chain(here).filter_map(Result::err);
     catalogue.judge(manifest, obstacles.map(|error| errors::text(error.as_ref())))
 }
@@ -291,6 +338,8 @@ fn file_id(path: &Path) -> std::io::Result<[u64; 2]> {
 #[cfg(test)]
 mod tests {
     use cpr_core::frame::{Frame, FrameWriter};
+    use cpr_core::preflight::DescriptorEntry;
+    use cpr_core::{FdKind, FdPolicy};
 
     use super::*;
 
@@ -397,6 +446,69 @@ mod tests {
         assert_eq!(names.iter().filter(|name| **name == VcpuState::NAME).count(), 3);
         assert!(!names.contains(&SerialInput::NAME));
         assert_eq!(manifest_of(&config, true).sections.len(), manifest_of(&config, false).sections.len() + 1);
+    }
+
+    const DEVICES: &str = "-drive file=/i,if=none,id=d,format=raw -device virtio-blk-pci,drive=d -netdev tap,id=n,fds=3:4 \
+                           -device virtio-net-pci,netdev=n";
+
+    #[test]
+    fn devices_are_shown_and_judged() {
+        let source = config(&format!("{MEMFD} {DEVICES}"));
+        let fd = |name: &str, id| DescriptorEntry {
+            name: name.into(),
+            id,
+            kind: FdKind::Other,
+            policy: FdPolicy::MustSurvive,
+        };
+        let mut shown = manifest_of(&source, false)
+            .section("cpr-core/update", 0, 1..=1)
+            .section("cpr-core/activity", 0, 1..=1)
+            .section("cpr-core/registry", 0, 1..=1)
+            .section("cpr-exec/process", 0, 1..=1);
+        shown.descriptors.extend([fd("drive/d", 0), fd("netdev/n", 0), fd("netdev/n", 1)]);
+        assert_eq!(shown.host_version(), 2);
+        assert!(shown.sections.iter().any(|section| section.name == "cpr-vmm/devices"));
+        let judge = |devices: &str| {
+            let target = config(&format!("{MEMFD} {devices}"));
+            judge_shown(&target, &shown, cpr_exec::catalogue(), [Ok(()), Ok(())])
+        };
+        assert!(matches!(judge(DEVICES), Verdict::Accepted(_)), "{:?}", judge(DEVICES));
+        // Numbers of descriptors are not looked at.
+        let verdict = judge(&DEVICES.replace("3:4", "9:8"));
+        assert!(matches!(verdict, Verdict::Accepted(_)), "{verdict:?}");
+        let Verdict::Refused(reasons) =
+            judge(&DEVICES.replace("id=n,fds=3:4", "id=m,fd=3").replace("netdev=n", "netdev=m"))
+        else {
+            panic!()
+        };
+        assert!(
+            reasons.contains(&"virtio-net-pci at slot 2 has netdev=n, the command line says netdev=m".into()),
+            "{reasons:?}"
+        );
+        assert!(reasons.iter().any(|reason| reason.contains("descriptor 'netdev/n' (id 1)")), "{reasons:?}");
+        let Verdict::Refused(reasons) = judge("-smp 1") else { panic!() };
+        let expected = "the guest has virtio-blk-pci at slot 1, the command line has nothing there";
+        assert!(reasons.contains(&expected.into()), "{reasons:?}");
+    }
+
+    #[test]
+    fn a_machine_without_devices_is_shown_as_the_release_before_did() {
+        let own = config(MEMFD);
+        let shown = manifest_of(&own, false);
+        assert_eq!(shown.host_version(), 1);
+        let old: MachineManifestV1 = shown.decode_host(1).unwrap();
+        assert_eq!(
+            old,
+            MachineManifestV1 { shape: MachineShape::of(&own), ram: RamManifest::of(&own.memory) }
+        );
+        assert!(shown.sections.iter().all(|section| section.name != "cpr-vmm/devices"));
+        let target = config(&format!("{MEMFD} {DEVICES}"));
+        let Verdict::Refused(reasons) = judge_shown(&target, &shown, cpr_exec::catalogue(), [Ok(()), Ok(())])
+        else {
+            panic!()
+        };
+        let expected = "the command line has virtio-blk-pci at slot 1, the guest has nothing there";
+        assert!(reasons.contains(&expected.into()), "{reasons:?}");
     }
 
     #[test]

@@ -6,6 +6,10 @@ use uuid::Uuid;
 
 use crate::monitor::{Channel, SocketAddress};
 
+mod devices;
+
+pub use devices::*;
+
 /// A whole machine with its front ends.
 #[derive(Debug, Clone, PartialEq, Eq)]
 #[non_exhaustive]
@@ -18,6 +22,8 @@ pub struct Config {
     pub cpus: u8,
     /// What the guest boots.
     pub boot: BootConfig,
+    /// Every PCI device, by its slot.
+    pub devices: Vec<DeviceConfig>,
     /// Every character device, in the order of the command line; ids are unique.
     pub chardevs: Vec<ChardevConfig>,
     /// The character device of COM1; `None`: the port is there and nobody listens.
@@ -42,6 +48,8 @@ pub struct Config {
     pub sandbox: Option<SandboxConfig>,
     /// What to trace.
     pub trace: TraceConfig,
+    /// What is to be logged of this command line, which can be carried out all the same.
+    pub warnings: Vec<String>,
 }
 
 /// What a sandbox denies beside what it always does.
@@ -132,6 +140,11 @@ pub const MACHINE_TYPES: &[MachineType] = &[MachineType("microvm-0.1")];
 impl MachineType {
     /// The name of whichever is the newest.
     pub const ALIAS: &'static str = "microvm";
+
+    /// Whether it has a PCI bus.
+    pub fn has_pci(self) -> bool {
+        self.0 != "microvm-0.1"
+    }
 
     /// Its full name.
     pub fn name(self) -> &'static str {

@@ -8,9 +8,14 @@ use std::ffi::OsString;
 
 use thiserror::Error;
 
+mod block;
 pub mod config;
+mod device;
+mod given;
 mod help;
 pub(crate) mod keyval;
+mod models;
+mod netdev;
 mod options;
 mod resolve;
 

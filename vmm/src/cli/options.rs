@@ -9,8 +9,15 @@ use serde_json::{Map, Value};
 use uuid::Uuid;
 
 use super::MAX_CPUS;
-use super::config::{ChardevBackend, Incoming, MACHINE_TYPES, MachineType, MonitorKind, SandboxConfig};
+use super::block::{self, Block};
+use super::config::{
+    ChardevBackend, Incoming, MACHINE_TYPES, MachineType, MonitorKind, RngSource, SandboxConfig,
+};
+use super::device;
+use super::given::{Given, json_pairs, unknown_property};
 use super::keyval::{self, Pair, parse_size, parse_switch};
+use super::models;
+use super::netdev;
 use super::resolve::{Builder, Object, ObjectKind};
 use crate::monitor::{Channel, TypedChannel};
 
@@ -46,6 +53,7 @@ pub(super) enum Action {
 pub(super) enum Group {
     Machine,
     Boot,
+    Devices,
     FrontEnds,
     Update,
     Process,
@@ -55,13 +63,14 @@ impl Group {
     pub(super) const ALL: &[(Self, &'static str)] = &[
         (Self::Machine, "Machine"),
         (Self::Boot, "Boot"),
+        (Self::Devices, "Disks, networks and other devices"),
         (Self::FrontEnds, "Serial line and monitors"),
         (Self::Update, "Live update"),
         (Self::Process, "Process"),
     ];
 }
 
-const fn property(name: &'static str, metavar: &'static str, help: &'static str) -> Property {
+pub(super) const fn property(name: &'static str, metavar: &'static str, help: &'static str) -> Property {
     Property { name, metavar, help }
 }
 
@@ -130,7 +139,8 @@ pub(super) const OPTIONS: &[OptionSpec] = &[
         metavar: Some("TYPE,id=ID[,PROPERTY=VALUE...]"),
         group: Group::Machine,
         help: "Define a memory backend: memory-backend-memfd (shared, survives every update), memory-backend-file \
-               (survives with share=on) or memory-backend-ram. Also as JSON: '{\"qom-type\": TYPE, \"id\": ID, ...}'.",
+               (survives with share=on) or memory-backend-ram; or a source of randomness: rng-builtin or rng-random. \
+               Also as JSON: '{\"qom-type\": TYPE, \"id\": ID, ...}'.",
         properties: &[
             property("qom-type", "TYPE", "the type, if it does not stand first"),
             property("id", "ID", "its id"),
@@ -139,6 +149,7 @@ pub(super) const OPTIONS: &[OptionSpec] = &[
             property("hugetlb", "on|off", "memfd: use huge pages"),
             property("hugetlbsize", "SIZE", "memfd: size of a huge page"),
             property("mem-path", "PATH", "file: the file"),
+            property("filename", "PATH", "rng-random: the file (default: /dev/urandom)"),
         ],
         action: Action::Apply(object),
     },
@@ -222,6 +233,121 @@ pub(super) const OPTIONS: &[OptionSpec] = &[
             builder.no_reboot = true;
             Ok(())
         }),
+    },
+    OptionSpec {
+        names: &["drive"],
+        metavar: Some("file=FILE,format=raw[,PROPERTY=VALUE...]"),
+        group: Group::Devices,
+        help: "Define an image: a disk by itself, or with if=none for a -device that names its id. Images are raw and \
+               never probed.",
+        properties: &[
+            property("file", "FILE", "the image; required"),
+            property("format", "raw", "the format; required"),
+            property("driver", "raw", "another name of format"),
+            property("id", "ID", "its id"),
+            property("if", "virtio|none", "with a virtio-blk-pci of its own (the default), or without"),
+            property("readonly", "on|off", "never write to it (default: off)"),
+            property("read-only", "on|off", "another name of readonly"),
+            property("cache", "MODE", "writeback (the default), writethrough or unsafe"),
+            property("cache.direct", "off", "images go through the page cache"),
+            property("cache.no-flush", "on|off", "ignore flushes"),
+            property("cache.writeback", "on|off", "let the guest flush, rather than after each write"),
+            property("aio", "threads|io_uring", "how to do it (default: io_uring if the host has it)"),
+            property("discard", "ignore|unmap", "give back what the guest discards (default: ignore)"),
+            property("detect-zeroes", "off", "it does not look for zeroes"),
+            property("file.locking", "auto|on|off", "lock the image against other programs (default: auto)"),
+            property("serial", "TEXT", "serial number of the disk, unless its device has one"),
+            property("media", "disk", "the kind; there is one"),
+            property("snapshot", "off", "writes go to the image"),
+            property("werror", "report", "the guest is told of a failed write"),
+            property("rerror", "report", "the guest is told of a failed read"),
+        ],
+        action: Action::Apply(drive),
+    },
+    OptionSpec {
+        names: &["blockdev"],
+        metavar: Some("DRIVER,node-name=NAME[,PROPERTY=VALUE...]"),
+        group: Group::Devices,
+        help: "Define an image as a node of driver raw, with its file inside (file.driver=file,file.filename=FILE) or \
+               by name (file=NODE), or as a node of driver file (filename=FILE). Also as JSON.",
+        properties: &[
+            property("driver", "raw|file", "the driver, if it does not stand first"),
+            property("node-name", "NAME", "its name; required"),
+            property("file", "NODE", "raw: the node of its file"),
+            property("filename", "FILE", "file: the file"),
+            property("read-only", "on|off", "never write to it (default: off)"),
+            property("auto-read-only", "off", "it is opened as it was asked for"),
+            property("cache.direct", "off", "images go through the page cache"),
+            property("cache.no-flush", "on|off", "ignore flushes (default: off)"),
+            property("discard", "ignore|unmap", "give back what the guest discards (default: ignore)"),
+            property("detect-zeroes", "off", "it does not look for zeroes"),
+            property("locking", "auto|on|off", "file: lock it against other programs (default: auto)"),
+            property("aio", "threads|io_uring", "file: how to do it (default: io_uring if the host has it)"),
+            property("file.driver", "file", "raw: the driver of its file"),
+            property("file.filename", "FILE", "raw: the file"),
+            property("file.locking", "auto|on|off", "raw: as locking"),
+            property("file.aio", "threads|io_uring", "raw: as aio"),
+            property("file.read-only", "on|off", "raw: must equal read-only"),
+            property("file.auto-read-only", "on|off", "raw: accepted and ignored"),
+            property("file.cache.direct", "off", "raw: as cache.direct"),
+            property("file.cache.no-flush", "on|off", "raw: default as cache.no-flush"),
+            property("file.discard", "ignore|unmap", "raw: as the node above (default: unmap)"),
+            property("file.detect-zeroes", "off", "raw: as detect-zeroes"),
+        ],
+        action: Action::Apply(blockdev),
+    },
+    OptionSpec {
+        names: &["netdev"],
+        metavar: Some("tap,id=ID,ifname=NAME|fd=N|fds=N:M...[,PROPERTY=VALUE...]"),
+        group: Group::Devices,
+        help: "Define a tap device of the host, for a -device that names its id. Also as JSON.",
+        properties: &[
+            property("type", "tap", "the kind, if it does not stand first"),
+            property("id", "ID", "its id; required"),
+            property("ifname", "NAME", "its name on the host"),
+            property(
+                "fd",
+                "N",
+                "its descriptor, inherited by this program; with an update it comes by itself",
+            ),
+            property("fds", "N:M...", "the same with a descriptor for each queue"),
+            property("queues", "N", "ifname: queues, 1 to 64 (default: 1)"),
+            property("vnet_hdr", "on", "packets have headers"),
+            property("script", "no", "no script is run"),
+            property("downscript", "no", "no script is run"),
+            property("vhost", "off", "packets go through this program"),
+        ],
+        action: Action::Apply(netdev),
+    },
+    OptionSpec {
+        names: &["nic"],
+        metavar: Some("tap,ifname=NAME|fd=N|fds=N:M...[,PROPERTY=VALUE...]|none"),
+        group: Group::Devices,
+        help: "Same as -netdev and a -device virtio-net-pci for it. none: no network, which is the default.",
+        properties: &[
+            property("type", "tap", "the kind, if it does not stand first"),
+            property("id", "ID", "id of the netdev (default: nic0, nic1, ...)"),
+            property("model", "virtio-net-pci", "the model; there is one"),
+            property("mac", "ADDRESS", "address of the interface"),
+            property("ifname", "NAME", "as in -netdev"),
+            property("fd", "N", "as in -netdev"),
+            property("fds", "N:M...", "as in -netdev"),
+            property("queues", "N", "as in -netdev"),
+            property("vnet_hdr", "on", "as in -netdev"),
+            property("script", "no", "as in -netdev"),
+            property("downscript", "no", "as in -netdev"),
+            property("vhost", "off", "as in -netdev"),
+        ],
+        action: Action::Apply(nic),
+    },
+    OptionSpec {
+        names: &["device"],
+        metavar: Some("MODEL[,PROPERTY=VALUE...]"),
+        group: Group::Devices,
+        help: "Add a device: virtio-blk-pci, virtio-net-pci, virtio-rng-pci, virtio-serial-pci, or a virtconsole of the \
+               latter. 'help' lists models, 'MODEL,help' properties. Also as JSON: '{\"driver\": MODEL, ...}'.",
+        properties: &[property("driver", "MODEL", "the model, if it does not stand first")],
+        action: Action::Apply(device),
     },
     OptionSpec {
         names: &["serial"],
@@ -412,11 +538,7 @@ fn names(option: &OptionSpec) -> Vec<&'static str> {
     option.properties.iter().map(|property| property.name).collect()
 }
 
-fn unknown_property(key: &str, known: &[&str]) -> String {
-    format!("unknown property '{key}' (known: {})", known.join(", "))
-}
-
-fn path(value: &str) -> Result<PathBuf, String> {
+pub(super) fn path(value: &str) -> Result<PathBuf, String> {
     if value.is_empty() || value.contains('\0') {
         Err("a path must not be empty".into())
     } else {
@@ -425,7 +547,7 @@ fn path(value: &str) -> Result<PathBuf, String> {
 }
 
 /// An id as QEMU's `id_wellformed` has it.
-fn id(value: &str) -> Result<String, String> {
+pub(super) fn id(value: &str) -> Result<String, String> {
     let mut chars = value.chars();
     let good = chars.next().is_some_and(|first| first.is_ascii_alphabetic())
         && chars.all(|char| char.is_ascii_alphanumeric() || "-._".contains(char));
@@ -436,7 +558,7 @@ fn id(value: &str) -> Result<String, String> {
 }
 
 /// Puts the property's name before what is wrong with its value.
-fn of<T>(key: &str, result: Result<T, String>) -> Result<T, String> {
+pub(super) fn of<T>(key: &str, result: Result<T, String>) -> Result<T, String> {
     result.map_err(|reason| format!("property '{key}': {reason}"))
 }
 
@@ -526,11 +648,27 @@ fn memory(builder: &mut Builder, option: &OptionSpec, value: &str) -> Result<(),
 }
 
 fn object(builder: &mut Builder, option: &OptionSpec, value: &str) -> Result<(), String> {
-    let pairs = if value.starts_with('{') {
-        json_pairs(option, value)?
-    } else {
-        pairs(option, value, Some("qom-type"))?
+    let pairs = typed_pairs(value, "qom-type", &names(option))?;
+    let kind = pairs.iter().rfind(|pair| pair.key == "qom-type").map(|pair| pair.value.clone());
+    match kind.as_deref() {
+        Some("rng-builtin") => rng_object(builder, pairs, false),
+        Some("rng-random") => rng_object(builder, pairs, true),
+        _ => memory_object(builder, pairs),
+    }
+}
+
+fn rng_object(builder: &mut Builder, pairs: Vec<Pair>, is_file: bool) -> Result<(), String> {
+    let known: &[&str] = if is_file { &["qom-type", "id", "filename"] } else { &["qom-type", "id"] };
+    let mut given = Given::new(pairs, known)?;
+    let id = given.id()?.ok_or("property 'id' is missing")?;
+    let source = match is_file {
+        true => RngSource::File(given.path("filename")?.unwrap_or_else(|| "/dev/urandom".into())),
+        false => RngSource::Builtin,
     };
+    builder.add_rng(id, source)
+}
+
+fn memory_object(builder: &mut Builder, pairs: Vec<Pair>) -> Result<(), String> {
     let mut object = Object::default();
     for Pair { key, value } in pairs {
         match key.as_str() {
@@ -542,7 +680,7 @@ fn object(builder: &mut Builder, option: &OptionSpec, value: &str) -> Result<(),
                     _ => {
                         return Err(format!(
                             "object type '{value}' is not supported (supported: memory-backend-memfd, \
-                             memory-backend-file, memory-backend-ram)"
+                             memory-backend-file, memory-backend-ram, rng-builtin, rng-random)"
                         ));
                     }
                 });
@@ -552,29 +690,76 @@ fn object(builder: &mut Builder, option: &OptionSpec, value: &str) -> Result<(),
             "share" => object.share = Some(of(&key, parse_switch(&value))?),
             "hugetlb" => object.hugetlb = Some(of(&key, parse_switch(&value))?),
             "hugetlbsize" => object.huge_page_bytes = Some(of(&key, parse_size(&value, 1))?),
+            "filename" => return Err("property 'filename' is for rng-random only".into()),
             _ => object.path = Some(of(&key, path(&value))?),
         }
     }
     builder.add_object(object)
 }
 
-/// The properties of an object in JSON form.
-fn json_pairs(option: &OptionSpec, text: &str) -> Result<Vec<Pair>, String> {
-    let members: Map<String, Value> = serde_json::from_str(text).map_err(|why| format!("bad JSON: {why}"))?;
-    let mut pairs = Vec::new();
-    for (key, value) in members {
-        if !option.properties.iter().any(|property| property.name == key) {
-            return Err(unknown_property(&key, &names(option)));
-        }
-        let value = match value {
-            Value::String(text) => text,
-            Value::Bool(state) => if state { "on" } else { "off" }.into(),
-            Value::Number(number) => number.to_string(),
-            _ => return Err(format!("property '{key}': neither text, number nor true or false")),
-        };
-        pairs.push(Pair { key, value });
+/// The properties of something that also has a form in JSON: names are checked against `known`.
+fn typed_pairs(value: &str, implied: &str, known: &[&str]) -> Result<Vec<Pair>, String> {
+    let pairs = match value.starts_with('{') {
+        true => json_pairs(value)?,
+        false => keyval::parse(value, Some(implied), &|key| known.contains(&key)),
+    };
+    match pairs.iter().find(|pair| !known.contains(&pair.key.as_str())) {
+        Some(pair) => Err(unknown_property(&pair.key, known)),
+        None => Ok(pairs),
     }
-    Ok(pairs)
+}
+
+fn drive(builder: &mut Builder, option: &OptionSpec, value: &str) -> Result<(), String> {
+    let given = Given::new(pairs(option, value, None)?, &names(option))?;
+    let drive = block::drive(given, || builder.blocks.next_id())?;
+    if let Some(serial) = &drive.serial {
+        of("serial", device::check_serial(serial))?;
+    }
+    let (id, has_device) = (drive.config.id.clone(), drive.has_device);
+    builder.blocks.add(Block::Drive(drive))?;
+    if has_device {
+        builder.wanted.add_disk(&id);
+    }
+    Ok(())
+}
+
+fn blockdev(builder: &mut Builder, option: &OptionSpec, value: &str) -> Result<(), String> {
+    let names = names(option);
+    let given = Given::new(typed_pairs(value, "driver", &names)?, &names)?;
+    builder.blocks.add(Block::Node(block::blockdev(given)?))
+}
+
+fn netdev(builder: &mut Builder, option: &OptionSpec, value: &str) -> Result<(), String> {
+    let names = names(option);
+    let given = Given::new(typed_pairs(value, "type", &names)?, &names)?;
+    builder.netdevs.add(netdev::netdev(given)?)
+}
+
+fn nic(builder: &mut Builder, option: &OptionSpec, value: &str) -> Result<(), String> {
+    if value == "none" {
+        return Ok(());
+    }
+    let mut pairs = pairs(option, value, Some("type"))?;
+    if pairs.iter().all(|pair| pair.key != "id") {
+        pairs.push(Pair { key: "id".into(), value: builder.next_nic_id() });
+    }
+    let mut given = Given::new(pairs, &names(option))?;
+    given.only("model", &["virtio-net-pci", "virtio-net", "virtio"])?;
+    let mac = given.text("mac").map(|text| of("mac", device::mac(&text))).transpose()?;
+    let netdev = netdev::netdev(given)?;
+    let id = netdev.id.clone();
+    builder.netdevs.add(netdev)?;
+    builder.wanted.add_nic(&id, mac);
+    Ok(())
+}
+
+fn device(builder: &mut Builder, _: &OptionSpec, value: &str) -> Result<(), String> {
+    let pairs = match value.starts_with('{') {
+        true => json_pairs(value)?,
+        false => keyval::parse(value, Some("driver"), &|key| models::is_property(key)),
+    };
+    builder.text = builder.wanted.add(pairs)?;
+    Ok(())
 }
 
 fn chardev(builder: &mut Builder, option: &OptionSpec, value: &str) -> Result<(), String> {

@@ -4,11 +4,16 @@ use std::path::PathBuf;
 
 use uuid::Uuid;
 
+use super::block::Blocks;
 use super::config::{
-    BootConfig, ChardevBackend, ChardevConfig, Config, HugePages, Incoming, MachineConfig, MachineType,
-    MemoryBackend, MemoryConfig, MonitorConfig, MonitorKind, SandboxConfig, TraceConfig,
+    BootConfig, ChardevBackend, ChardevConfig, Config, DeviceConfig, HugePages, Incoming, MachineConfig,
+    MachineType, MemoryBackend, MemoryConfig, MonitorConfig, MonitorKind, RngSource, SandboxConfig,
+    TraceConfig,
 };
+use super::device::{Backends, Rngs, Wanted};
+use super::given::known;
 use super::keyval::show_size;
+use super::netdev::Netdevs;
 use super::{DEFAULT_MEMORY_BYTES, MAX_CPUS};
 use crate::monitor::{Channel, SocketAddress};
 
@@ -46,6 +51,12 @@ pub(super) struct Builder {
     pub(super) pidfile: Option<PathBuf>,
     pub(super) sandbox: Option<SandboxConfig>,
     pub(super) trace: TraceConfig,
+    pub(super) blocks: Blocks,
+    pub(super) netdevs: Netdevs,
+    pub(super) wanted: Wanted,
+    rngs: Rngs,
+    /// How many `-nic` there were that named no id.
+    nic_ids: usize,
     objects: Vec<Object>,
     chardevs: Vec<ChardevConfig>,
     /// Monitors, each with the option that asked for it.
@@ -93,9 +104,7 @@ impl Builder {
         if id.is_empty() {
             return Err("property 'id' is missing".into());
         }
-        if self.objects.iter().any(|other| other.id == *id) {
-            return Err(format!("id '{id}' is taken by another -object"));
-        }
+        self.check_object_id(id)?;
         if object.size_bytes.is_none() {
             return Err(format!("'{id}': property 'size' is missing"));
         }
@@ -123,6 +132,29 @@ impl Builder {
         }
         self.objects.push(object);
         Ok(())
+    }
+
+    /// Adds a source of randomness.
+    pub(super) fn add_rng(&mut self, id: String, source: RngSource) -> Result<(), String> {
+        self.check_object_id(&id)?;
+        self.rngs.0.push((id, source, false));
+        Ok(())
+    }
+
+    fn check_object_id(&self, id: &str) -> Result<(), String> {
+        let mut ids =
+            self.objects.iter().map(|object| &object.id).chain(self.rngs.0.iter().map(|(id, ..)| id));
+        match ids.any(|other| other == id) {
+            true => Err(format!("id '{id}' is taken by another -object")),
+            false => Ok(()),
+        }
+    }
+
+    /// An id for the netdev of a `-nic` that names none. It is the same with the same command line.
+    pub(super) fn next_nic_id(&mut self) -> String {
+        let id = format!("nic{}", self.nic_ids);
+        self.nic_ids += 1;
+        id
     }
 
     /// Adds a character device that `option` asked for. Its id must be new, and so must its hold on standard input.
@@ -170,6 +202,7 @@ impl Builder {
         self.check_incoming().map_err(|reason| ("-incoming", reason))?;
         let cpus = self.smp.resolve().map_err(|reason| ("-smp", reason))?;
         let memory = self.resolve_memory()?;
+        let (devices, warnings) = self.resolve_devices(cpus)?;
         if self.boot.initrd.is_some() && self.boot.kernel.is_none() {
             return Err(("-initrd", "makes sense with -kernel only".into()));
         }
@@ -178,6 +211,7 @@ impl Builder {
             memory,
             cpus,
             boot: self.boot,
+            devices,
             chardevs: self.chardevs,
             serial: self.serial,
             monitors: self.monitors.into_iter().map(|(_, monitor)| monitor).collect(),
@@ -190,7 +224,38 @@ impl Builder {
             incoming_cpr: self.incoming_cpr,
             sandbox: self.sandbox,
             trace: self.trace,
+            warnings,
         })
+    }
+
+    /// The devices, and what is odd about what was defined for them.
+    fn resolve_devices(&mut self, cpus: u8) -> Result<(Vec<DeviceConfig>, Vec<String>), Failure> {
+        let wanted = std::mem::take(&mut self.wanted);
+        if let Some(machine_type) = self.machine_type.filter(|machine_type| !machine_type.has_pci())
+            && let Some((option, device)) = wanted.first()
+        {
+            let (name, alias) = (machine_type.name(), MachineType::ALIAS);
+            return Err((
+                option,
+                format!("{device}: machine type '{name}' has no PCI bus; use -machine {alias}"),
+            ));
+        }
+        let Builder { blocks, netdevs, rngs, .. } = self;
+        let devices = wanted.resolve(cpus, &mut Backends { blocks, netdevs, rngs })?;
+        if let Some((id, ..)) = self.rngs.0.iter().find(|(_, _, is_used)| !is_used) {
+            return Err((
+                "-object",
+                format!("nothing uses '{id}'; name it by -device virtio-rng-pci,rng={id}"),
+            ));
+        }
+        let drives = self.blocks.unused().map(|id| {
+            format!("drive '{id}' is used by no device; name it by -device virtio-blk-pci,drive={id}")
+        });
+        let netdevs = self
+            .netdevs
+            .unused()
+            .map(|id| format!("netdev '{id}' has no peer; name it by -device virtio-net-pci,netdev={id}"));
+        Ok((devices, drives.chain(netdevs).collect()))
     }
 
     /// QEMU's defaults without a display: a serial line that leads nowhere and no monitor; with `-nographic` both on
@@ -227,11 +292,11 @@ impl Builder {
     fn check_front_ends(&self) -> Result<(), Failure> {
         let serial = self.serial.iter().map(|id| ("-serial", id));
         let monitors = self.monitors.iter().map(|(option, monitor)| (*option, &monitor.chardev));
+        let consoles = self.wanted.chardevs().map(|id| ("-device", id));
         let mut users: Vec<&String> = Vec::new();
-        for (option, id) in serial.chain(monitors) {
+        for (option, id) in serial.chain(monitors).chain(consoles) {
             let Some(chardev) = self.chardevs.iter().find(|chardev| chardev.id == *id) else {
-                let known: Vec<_> = self.chardevs.iter().map(|chardev| chardev.id.as_str()).collect();
-                let known = if known.is_empty() { "none".into() } else { known.join(", ") };
+                let known = known(self.chardevs.iter().map(|chardev| chardev.id.as_str()));
                 return Err((option, format!("unknown character device '{id}' (known: {known})")));
             };
             if users.contains(&id) && !chardev.mux {
@@ -274,8 +339,7 @@ impl Builder {
             return Ok(MemoryConfig { id: DEFAULT_MEMORY_ID.into(), size_bytes, backend });
         };
         let Some(index) = self.objects.iter().position(|object| object.id == id) else {
-            let known: Vec<_> = self.objects.iter().map(|object| object.id.as_str()).collect();
-            let known = if known.is_empty() { "none".into() } else { known.join(", ") };
+            let known = known(self.objects.iter().map(|object| object.id.as_str()));
             return Err(("-machine", format!("unknown memory backend '{id}' (known: {known})")));
         };
         let object = self.objects.swap_remove(index);

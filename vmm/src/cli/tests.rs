@@ -6,6 +6,8 @@ use super::config::*;
 use super::*;
 use crate::monitor::{Channel, SocketAddress};
 
+mod devices;
+
 fn invoke(line: &str) -> Result<Invocation, CliError> {
     parse(shlex::split(line).unwrap().into_iter().map(OsString::from))
 }
@@ -51,6 +53,7 @@ fn defaults() {
             },
             cpus: 1,
             boot: BootConfig::default(),
+            devices: vec![],
             chardevs: vec![chardev("serial0", ChardevBackend::Null, false)],
             serial: Some("serial0".into()),
             monitors: vec![],
@@ -63,6 +66,7 @@ fn defaults() {
             incoming_cpr: None,
             sandbox: None,
             trace: TraceConfig::default(),
+            warnings: vec![],
         }
     );
 }
@@ -109,6 +113,7 @@ fn every_option_at_once() {
                 append: Some("a=b, c".into()),
                 initrd: Some("i".into()),
             },
+            devices: vec![],
             chardevs: vec![
                 chardev("serial0", socket("/s", true, false), false),
                 chardev("compat_monitor0", socket("/q1", true, false), false),
@@ -136,6 +141,7 @@ fn every_option_at_once() {
                 file: Some("t".into()),
                 log_file: Some("log".into()),
             },
+            warnings: vec![],
         }
     );
 }
@@ -322,8 +328,8 @@ fn mistakes_are_named() {
         ("-m 1000B", "-m: size 1000 is no multiple of the page size 4K"),
         ("-m 1G,slots=3", "-m: unknown property 'slots' (known: size)"),
         (
-            "-object rng-random,id=r",
-            "-object: object type 'rng-random' is not supported (supported: memory-backend-memfd,",
+            "-object rng-egd,id=r",
+            "-object: object type 'rng-egd' is not supported (supported: memory-backend-memfd,",
         ),
         ("-object memory-backend-memfd,size=1G", "-object: property 'id' is missing"),
         ("-object memory-backend-memfd,id=1,size=1G", "-object: id '1' is malformed"),
@@ -479,6 +485,7 @@ fn argument() -> impl Strategy<Value = String> {
     let words: Vec<&str> = OPTIONS
         .iter()
         .flat_map(|option| option.properties)
+        .chain(models::MODELS.iter().flat_map(models::Model::properties))
         .map(|property| property.name)
         .chain([
             "stdio",
@@ -492,6 +499,12 @@ fn argument() -> impl Strategy<Value = String> {
             "{",
             "}",
             "null",
+            "virtio-blk-pci",
+            "virtio-net-pci",
+            "virtconsole",
+            "raw",
+            "tap",
+            "rng-random",
         ])
         .collect();
     let text = prop::collection::vec(

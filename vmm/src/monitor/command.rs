@@ -26,6 +26,12 @@ pub enum Command {
     QueryChardev,
     /// `query-memdev`: a list of `{"id", "size", "share", "merge", "dump", "prealloc", "policy", "host-nodes"}`.
     QueryMemdev,
+    /// `query-block`: a list of `{"device", "qdev", "type", "removable", "locked", "inserted"}`.
+    QueryBlock,
+    /// `query-pci`: a list of `{"bus", "devices"}`, of which each is `{"bus", "slot", "function", "qdev_id", "id", "model"}`.
+    QueryPci,
+    /// HMP's `info network`: a list of `{"name", "model", "mac", "queues", "netdev", "peer"}`. It has no name in QMP.
+    QueryNetwork,
     /// `stop`.
     Stop,
     /// `cont`.
@@ -185,6 +191,8 @@ pub(crate) const COMMANDS: &[QmpCommand] = &[
     plain!("query-cpus-fast", QueryCpusFast),
     plain!("query-chardev", QueryChardev),
     plain!("query-memdev", QueryMemdev),
+    plain!("query-block", QueryBlock),
+    plain!("query-pci", QueryPci),
     plain!("stop", Stop),
     plain!("cont", Cont),
     plain!("quit", Quit),

@@ -52,6 +52,19 @@ impl Backend for Machine {
                 "id": "ram0", "size": 1_073_741_824, "share": true, "merge": false, "dump": true, "prealloc": false,
                 "policy": "default", "host-nodes": [],
             }]),
+            Command::QueryBlock => json!([{
+                "device": "d0", "qdev": "disk0", "type": "unknown", "removable": false, "locked": false,
+                "inserted": {"file": "/images/a", "node-name": "d0", "drv": "raw", "ro": true,
+                             "cache": {"writeback": true, "direct": false, "no-flush": true}},
+            }]),
+            Command::QueryPci => json!([{"bus": 0, "devices": [{
+                "bus": 0, "slot": 18, "function": 0, "qdev_id": "disk0", "id": {"vendor": 0x1af4, "device": 0x1042},
+                "model": "virtio-blk-pci",
+            }]}]),
+            Command::QueryNetwork => json!([{
+                "name": "nic", "model": "virtio-net-pci", "mac": "52:54:00:12:34:56", "queues": 2, "netdev": "n0",
+                "peer": "type=tap,ifname=t0",
+            }]),
             Command::QueryMigrate => self.migration.clone(),
             Command::QueryMigrateParameters => json!({
                 "mode": self.parameters.mode.clone().unwrap_or_else(|| "normal".into()),

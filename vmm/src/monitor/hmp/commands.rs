@@ -190,6 +190,7 @@ pub(super) const COMMANDS: &[HmpCommand] = &[
 
 /// Every topic of `info`.
 pub(super) const TOPICS: &[Topic] = &[
+    Topic { name: "block", help: "the disks", query: Command::QueryBlock, print: print::disks },
     Topic {
         name: "chardev",
         help: "the character devices",
@@ -223,6 +224,13 @@ pub(super) const TOPICS: &[Topic] = &[
         print: print::parameters,
     },
     Topic { name: "name", help: "the guest's name", query: Command::QueryName, print: print::name },
+    Topic {
+        name: "network",
+        help: "the network interfaces",
+        query: Command::QueryNetwork,
+        print: print::networks,
+    },
+    Topic { name: "pci", help: "the PCI devices", query: Command::QueryPci, print: print::pci },
     Topic {
         name: "status",
         help: "whether the guest runs, and why not",

@@ -74,6 +74,48 @@ pub(super) fn chardevs(value: &Value) -> String {
         .collect()
 }
 
+pub(super) fn disks(value: &Value) -> String {
+    let mut out = String::new();
+    for disk in list(value) {
+        let inserted = &disk["inserted"];
+        let read_only = if inserted["ro"].as_bool() == Some(true) { ", read-only" } else { "" };
+        let (device, file, driver) = (text(disk, "device"), text(inserted, "file"), text(inserted, "drv"));
+        let _ = writeln!(out, "{device}: {file} ({driver}{read_only})");
+        if let Some(qdev) = disk["qdev"].as_str() {
+            let _ = writeln!(out, "    Attached to:      {qdev}");
+        }
+        let cache = &inserted["cache"];
+        let on = |key: &str| cache[key].as_bool() == Some(true);
+        let writeback = if on("writeback") { "writeback" } else { "writethrough" };
+        let ignored = if on("no-flush") { ", ignore flushes" } else { "" };
+        let _ = writeln!(out, "    Cache mode:       {writeback}{ignored}");
+    }
+    out
+}
+
+pub(super) fn networks(value: &Value) -> String {
+    let mut out = String::new();
+    for net in list(value) {
+        let (name, model, mac) = (text(net, "name"), text(net, "model"), text(net, "mac"));
+        let _ = writeln!(out, "{name}: model={model},macaddr={mac},queues={}", number(net, "queues"));
+        let _ = writeln!(out, " \\ {}: {}", text(net, "netdev"), text(net, "peer"));
+    }
+    out
+}
+
+pub(super) fn pci(value: &Value) -> String {
+    let mut out = String::new();
+    for device in list(value).flat_map(|bus| list(&bus["devices"])) {
+        let (bus, slot, function) =
+            (number(device, "bus"), number(device, "slot"), number(device, "function"));
+        let _ = writeln!(out, "  Bus {bus:2}, device {slot:3}, function {function}:");
+        let (vendor, id) = (number(&device["id"], "vendor"), number(&device["id"], "device"));
+        let _ = writeln!(out, "    {}: PCI device {vendor:04x}:{id:04x}", text(device, "model"));
+        let _ = writeln!(out, "      id \"{}\"", text(device, "qdev_id"));
+    }
+    out
+}
+
 pub(super) fn memdevs(value: &Value) -> String {
     let mut out = String::new();
     for device in list(value) {

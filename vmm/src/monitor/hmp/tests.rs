@@ -124,6 +124,19 @@ fn info_in_qemus_words() {
             "memory backend: ram0\n  size:  1073741824\n  merge: false\n  dump: true\n  prealloc: false\n  \
              share: true\n  policy: default\n  host nodes: \n\n",
         ),
+        (
+            "info block",
+            "d0: /images/a (raw, read-only)\n    Attached to:      disk0\n    Cache mode:       writeback, ignore \
+             flushes\n",
+        ),
+        (
+            "info network",
+            "nic: model=virtio-net-pci,macaddr=52:54:00:12:34:56,queues=2\n \\ n0: type=tap,ifname=t0\n",
+        ),
+        (
+            "info pci",
+            "  Bus  0, device  18, function 0:\n    virtio-blk-pci: PCI device 1af4:1042\n      id \"disk0\"\n",
+        ),
         ("info migrate_capabilities", "events: off\n"),
         ("info migrate_parameters", "mode: normal\ncpr-exec-command:\n"),
         ("info migrate", "Status: \t\tnone\n"),
