@@ -534,3 +534,130 @@ impl Persistent for Block {
 fn on_off(value: bool) -> String {
     if value { "on" } else { "off" }.to_owned()
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::block::ImageConfig;
+    use crate::virtio::Interrupt;
+    use oslib::guest_io::GuestBuffers;
+    use vm_memory::GuestMemoryMmap;
+
+    struct Deaf;
+
+    impl Interrupt for Deaf {
+        fn queue(&self, _index: usize) {}
+        fn config(&self) {}
+    }
+
+    fn block(cache: Cache) -> Block {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        let image = Image::open(ImageConfig { cache, ..ImageConfig::new("disk0", file.path()) }).unwrap();
+        Block::new(BlockConfig { aio: Aio::Threads, ..BlockConfig::new(image) }).unwrap()
+    }
+
+    fn memory() -> GuestMemoryMmap {
+        GuestMemoryMmap::from_ranges(&[(GuestAddress(0), 0x1000)]).unwrap()
+    }
+
+    fn task(purpose: Purpose) -> Task {
+        Task { queue: 0, head: 0, status: GuestAddress(0), written: 1, purpose, durable: true }
+    }
+
+    #[test]
+    fn a_write_is_durable_unless_the_driver_flushes_a_cache() {
+        for (cache, write_cache, flushes, durable) in [
+            (Cache::Writeback, None, true, false),
+            (Cache::Writeback, None, false, true),
+            (Cache::Writeback, Some(0), true, true),
+            (Cache::Writethrough, None, true, true),
+            (Cache::Writethrough, Some(1), true, false),
+            (Cache::Unsafe, None, true, false),
+            (Cache::Unsafe, Some(0), false, false),
+        ] {
+            let mut block = block(cache);
+            let features = u64::from(flushes) << VIRTIO_BLK_F_FLUSH;
+            let driver = Driver { memory: memory(), queues: vec![], features, interrupt: Box::new(Deaf) };
+            write_cache.inspect(|on| block.write_config(WRITEBACK, &[*on]));
+            assert_eq!(block.is_durable(&driver), durable, "{cache:?} {write_cache:?} {flushes}");
+        }
+        let mut task = task(Purpose::Alone);
+        let from = Source::zeros(512);
+        let first = block(Cache::Writeback).first(&mut task, Action::Write { offset: 0, from });
+        assert!(matches!(first, Next::Do(Operation::Write { durable: true, .. })));
+    }
+
+    #[test]
+    fn a_flush_reaches_the_disk_unless_it_is_unsafe() {
+        let flush = |cache| block(cache).first(&mut task(Purpose::Alone), Action::Flush);
+        assert!(matches!(flush(Cache::Writeback), Next::Do(Operation::Sync)));
+        assert!(matches!(flush(Cache::Writethrough), Next::Do(Operation::Sync)));
+        assert!(matches!(flush(Cache::Unsafe), Next::Over(Status::Ok)));
+    }
+
+    #[test]
+    fn zeros_are_written_where_a_range_cannot_be_zeroed() {
+        let block = block(Cache::Writeback);
+        let (start, len) = (512, 100 << 20);
+        let mut task = task(Purpose::Alone);
+        let first = block.first(&mut task, Action::WriteZeroes { offset: start, len, unmap: false });
+        let Next::Do(mut operation) = first else { panic!("there is something to do") };
+        let mut result = Err(io::Error::from_raw_os_error(libc::EOPNOTSUPP));
+        let mut at = start;
+        loop {
+            let next = block.next(&mut task, operation, result);
+            let Next::Do(Operation::Write { offset, from, durable: true }) = next else {
+                assert!(matches!(next, Next::Over(Status::Ok)));
+                break;
+            };
+            assert_eq!(offset, at);
+            assert!(!from.is_empty() && offset + from.len() as u64 <= start + len);
+            // In uneven pieces, as a disk may be slow.
+            let done = from.len().min(7 << 20);
+            at += done as u64;
+            (operation, result) = (Operation::Write { offset, from, durable: true }, Ok(done));
+        }
+        assert_eq!(at, start + len);
+    }
+
+    #[test]
+    fn errors_are_those_of_the_request() {
+        let block = block(Cache::Writeback);
+        let failed = |code| Err(io::Error::from_raw_os_error(code));
+        let write = || Operation::Write { offset: 0, from: Source::zeros(512), durable: false };
+        let hole = || Operation::Allocate { how: Allocation::Hole, offset: 0, len: 512 };
+        let next = |purpose, operation, result| block.next(&mut task(purpose), operation, result);
+        for code in [libc::ENOSPC, libc::EIO, libc::EOPNOTSUPP] {
+            assert!(matches!(next(Purpose::Alone, write(), failed(code)), Next::Over(Status::Failed)));
+        }
+        assert!(matches!(next(Purpose::Alone, write(), Ok(0)), Next::Over(Status::Failed)));
+        assert!(matches!(
+            next(Purpose::Alone, write(), failed(libc::ECANCELED)),
+            Next::Do(Operation::Write { .. })
+        ));
+        assert!(matches!(next(Purpose::Discard, hole(), failed(libc::EOPNOTSUPP)), Next::Over(Status::Ok)));
+        assert!(matches!(next(Purpose::Discard, hole(), failed(libc::EIO)), Next::Over(Status::Failed)));
+        assert!(matches!(
+            next(Purpose::Zeros { end: 512 }, hole(), failed(libc::ENOSPC)),
+            Next::Over(Status::Failed)
+        ));
+        // What is durable is so after a discard, too.
+        assert!(matches!(next(Purpose::Discard, hole(), Ok(0)), Next::Do(Operation::Sync)));
+    }
+
+    #[test]
+    fn what_was_read_in_part_is_read_on() {
+        let (block, memory) = (block(Cache::Writeback), memory());
+        memory.write_slice(&[7; 0x1000], GuestAddress(0)).unwrap();
+        let into = GuestBuffers::new(&memory, [(GuestAddress(0x100), 1024)]).unwrap();
+        let read = Operation::Read { offset: 512, into };
+        let next = block.next(&mut task(Purpose::Alone), read, Ok(1000));
+        let Next::Do(Operation::Read { offset: 1512, into }) = next else { panic!("24 bytes are left") };
+        assert_eq!(into.len(), 24);
+        let end = block.next(&mut task(Purpose::Alone), Operation::Read { offset: 1512, into }, Ok(0));
+        assert!(matches!(end, Next::Over(Status::Ok)));
+        let mut bytes = [0; 1026];
+        memory.read_slice(&mut bytes, GuestAddress(0xff)).unwrap();
+        assert!(bytes[..1001] == [7; 1001] && bytes[1001..1025] == [0; 24] && bytes[1025] == 7);
+    }
+}

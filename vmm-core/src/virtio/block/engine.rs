@@ -17,7 +17,7 @@ const BATCH: usize = 16;
 /// Does operations. What is over waits to be [asked for](Self::completed), also what was over at once.
 #[derive(Debug)]
 pub(super) enum Engine<T> {
-    Ring(Uring<T>),
+    Ring(Box<Uring<T>>),
     Caller(VecDeque<Completion<T>>),
 }
 
@@ -25,7 +25,7 @@ impl<T> Engine<T> {
     /// A ring, or the calling thread where there can be none.
     pub(super) fn ring(drive: &str) -> Self {
         match Uring::new(RING_ENTRIES) {
-            Ok(ring) => Self::Ring(ring),
+            Ok(ring) => Self::Ring(Box::new(ring)),
             Err(error) => {
                 tracing::warn!(drive, %error, "no io_uring here: requests are done one after the other, as with aio=threads");
                 Self::caller()
