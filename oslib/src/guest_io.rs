@@ -64,10 +64,10 @@ impl Pieces {
 pub struct GuestBuffers {
     pieces: Pieces,
     /// Owns the mappings that the pieces lie in.
-    _memory: GuestMemoryMmap,
+    memory: GuestMemoryMmap,
 }
 
-// SAFETY: the pointers lead into shared mappings of the process, which `_memory` owns and which no thread has to itself.
+// SAFETY: the pointers lead into shared mappings of the process, which `memory` owns and which no thread has to itself.
 unsafe impl Send for GuestBuffers {}
 
 impl GuestBuffers {
@@ -86,7 +86,7 @@ impl GuestBuffers {
                 pieces.push(slice.ptr_guard_mut().as_ptr(), slice.len());
             }
         }
-        Ok(Self { pieces, _memory: memory.clone() })
+        Ok(Self { pieces, memory: memory.clone() })
     }
 
     /// Bytes that are left.
@@ -110,7 +110,7 @@ impl GuestBuffers {
     /// Sets what is left to zero.
     pub fn zero(&mut self) {
         for piece in &self.pieces.all[self.pieces.first..] {
-            // SAFETY: the piece lies in a mapping that `_memory` keeps, and is accessed by volatile writes alone.
+            // SAFETY: the piece lies in a mapping that `memory` keeps, and is accessed by volatile writes alone.
             let slice = unsafe { VolatileSlice::new(piece.iov_base.cast(), piece.iov_len) };
             for at in (0..piece.iov_len).step_by(ZEROS.len()) {
                 let rest = slice.offset(at).expect("below the length");
@@ -166,7 +166,7 @@ impl Source {
 
 impl From<GuestBuffers> for Source {
     fn from(buffers: GuestBuffers) -> Self {
-        Self { pieces: buffers.pieces, _memory: Some(buffers._memory) }
+        Self { pieces: buffers.pieces, _memory: Some(buffers.memory) }
     }
 }
 

@@ -21,15 +21,6 @@ pub fn share(fd: impl AsFd, offset: i64) -> io::Result<bool> {
     }
 }
 
-/// Gives the lock of byte `offset` back, if there was one.
-///
-/// # Errors
-/// Those of fcntl(2).
-pub fn release(fd: impl AsFd, offset: i64) -> io::Result<()> {
-    fcntl(fd, FcntlArg::F_OFD_SETLK(&byte(offset, libc::F_UNLCK)))?;
-    Ok(())
-}
-
 /// Whether another open file description has locked byte `offset`, in whatever way.
 ///
 /// # Errors
@@ -71,8 +62,6 @@ mod tests {
         assert!(is_held_by_another(&theirs, 100).unwrap());
         assert!(share(&theirs, 100).unwrap());
         assert!(is_held_by_another(&duplicate, 100).unwrap());
-        release(&theirs, 100).unwrap();
-        assert!(!is_held_by_another(&duplicate, 100).unwrap());
         drop(duplicate);
         assert!(!is_held_by_another(&theirs, 100).unwrap());
     }

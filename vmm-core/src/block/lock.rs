@@ -26,7 +26,8 @@ const WRITE: i64 = 1;
 pub enum LockError {
     /// Somebody writes to it, whom this use does not put up with.
     #[error(
-        "another process writes to it; end that one, or let both with share-rw=on if the guests can share a disk"
+        "another process writes to it; end that one, or set share-rw=on in both if their guests can share a disk; \
+         file.locking=off does not ask"
     )]
     Written,
     /// Somebody reads it, and wants nobody to write.
@@ -52,15 +53,15 @@ pub(super) struct Use {
 impl Use {
     /// Takes the locks. On an open file that has them already this changes nothing.
     ///
-    /// On an error, locks that this call took may be left: they go with the descriptor.
+    /// Locks are never given back before the file is closed: a target that takes an open file over may yet be refused, and
+    /// its source go on with what it had. For the same reason a use that cannot be takes none.
     pub(super) fn lock(self, fd: BorrowedFd<'_>) -> Result<(), LockError> {
         let take = |byte| match locks::share(fd, byte) {
             Ok(true) => Ok(()),
             Ok(false) => Err(LockError::Used),
             Err(error) => Err(LockError::Unsupported(error)),
         };
-        let held = |byte| locks::is_held_by_another(fd, byte).map_err(LockError::Unsupported);
-        // First the own ones: of two who come at the same time, at least one sees the other.
+        self.check(fd)?;
         take(DONE + READ)?;
         if self.write {
             take(DONE + WRITE)?;
@@ -68,6 +69,13 @@ impl Use {
         if !self.share_write {
             take(REFUSED + WRITE)?;
         }
+        // Of two who come at the same time, at least one sees the other.
+        self.check(fd)
+    }
+
+    /// Whether others bear this use, and are borne.
+    fn check(self, fd: BorrowedFd<'_>) -> Result<(), LockError> {
+        let held = |byte| locks::is_held_by_another(fd, byte).map_err(LockError::Unsupported);
         if !self.share_write && held(DONE + WRITE)? {
             return Err(LockError::Written);
         }
@@ -112,6 +120,18 @@ mod tests {
         assert!(matches!(try_both(SHARER, WRITER), Err(LockError::Written)));
         try_both(READER, READER).unwrap();
         try_both(SHARER, SHARER).unwrap();
+    }
+
+    #[test]
+    fn a_use_that_is_refused_takes_nothing() {
+        let named = tempfile::NamedTempFile::new().unwrap();
+        let open = || File::options().read(true).write(true).open(named.path()).unwrap();
+        let (one, other) = (open(), open());
+        SHARER.lock(one.as_fd()).unwrap();
+        SHARER.lock(other.as_fd()).unwrap();
+        assert!(matches!(WRITER.lock(other.as_fd()), Err(LockError::Written)));
+        // The first one sees no more than before.
+        SHARER.lock(one.as_fd()).unwrap();
     }
 
     #[test]
