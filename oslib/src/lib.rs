@@ -11,7 +11,8 @@
 //! |---|---|
 //! | descriptors across exec | [`cloexec`], [`inherited`], [`exec`], [`environment`] |
 //! | memory with a descriptor | [`memfd`], [`mod@shared`], [`mapping`], [`populate`](mod@populate) |
-//! | files that outlive the process | [`storage`] |
+//! | files that outlive the process, locks of files | [`storage`], [`locks`] |
+//! | files and guest memory, with the feature `guest-io` | `guest_io`, `uring` |
 //! | descriptors across processes | [`scm`], [`uds`] |
 //! | processes | [`pidfd`], [`process`], [`mod@spawn`], [`keeper`], [`cgroup`], [`seccomp`] |
 //! | wake-ups, signals, time, terminals | [`eventfd`], [`signals`], [`clock`], [`term`], [`stream`] |
@@ -28,8 +29,11 @@ pub mod cloexec;
 pub mod environment;
 pub mod eventfd;
 pub mod exec;
+#[cfg(feature = "guest-io")]
+pub mod guest_io;
 pub mod inherited;
 pub mod keeper;
+pub mod locks;
 pub mod mapping;
 pub mod memfd;
 pub mod memory;
@@ -46,6 +50,8 @@ pub mod stream;
 pub mod term;
 pub mod thread;
 pub mod uds;
+#[cfg(feature = "guest-io")]
+pub mod uring;
 
 mod mmap;
 mod retry;

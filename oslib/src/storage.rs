@@ -11,7 +11,7 @@ use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use nix::fcntl::{AT_FDCWD, AtFlags};
+use nix::fcntl::{AT_FDCWD, AtFlags, FcntlArg, OFlag, fcntl};
 use nix::sys::statfs::{FsType, HUGETLBFS_MAGIC, TMPFS_MAGIC, fstatfs};
 
 /// Permissions of a new file: what a guest had in its memory is its owner's affair.
@@ -133,6 +133,15 @@ pub fn is_volatile(fd: impl AsFd) -> io::Result<bool> {
     Ok([TMPFS_MAGIC, HUGETLBFS_MAGIC, RAMFS_MAGIC].contains(&kind))
 }
 
+/// Whether this descriptor can be written through.
+///
+/// # Errors
+/// Those of fcntl(2).
+pub fn is_writable(fd: impl AsFd) -> io::Result<bool> {
+    let flags = OFlag::from_bits_retain(fcntl(fd, FcntlArg::F_GETFL)?);
+    Ok(matches!(flags & OFlag::O_ACCMODE, OFlag::O_RDWR | OFlag::O_WRONLY))
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -208,6 +217,14 @@ mod tests {
         assert!(refused(Path::new("/dev/null")).contains("no regular file"));
         assert!(refused(&at("none/state")).contains("No such file"));
         assert!(refused(&at("real/state")).contains("Not a directory"));
+    }
+
+    #[test]
+    fn who_can_write() {
+        let named = tempfile::NamedTempFile::new().unwrap();
+        assert!(!is_writable(File::open(named.path()).unwrap()).unwrap());
+        assert!(is_writable(named.as_file()).unwrap());
+        assert!(is_writable(OpenOptions::new().append(true).open(named.path()).unwrap()).unwrap());
     }
 
     #[test]

@@ -13,6 +13,7 @@
 //! | what is saved, as it travels | [`state`] |
 //! | time beyond one boot of the host | [`time`] |
 //! | I/O ports, MMIO, small devices, COM1 | [`ports`], [`platform`], [`serial`] |
+//! | disk images | [`block`] |
 //! | virtio devices | [`virtio`] |
 //! | loading a kernel | [`boot`] |
 //! | a guest for tests and measurements | [`payload`] |
@@ -20,6 +21,7 @@
 //!
 //! `unsafe` lives in [`kvm`] only.
 
+pub mod block;
 pub mod boot;
 pub mod error;
 pub mod kvm;

@@ -28,7 +28,7 @@ const RAM_RATIO_LIMIT: f64 = 1.5;
 const VCPU_RATIO_LIMIT: f64 = 2.5;
 
 /// Package and benchmark.
-const BENCHES: [(&str, &str); 2] = [("cpr-core", "core"), ("vmm", "exec_blackout")];
+const BENCHES: [(&str, &str); 3] = [("cpr-core", "core"), ("vmm-core", "block"), ("vmm", "exec_blackout")];
 
 const RAM: &str = "exec_blackout_ram";
 const VCPUS: &str = "exec_blackout_vcpus";
@@ -80,7 +80,7 @@ pub(crate) fn bench(arguments: &BenchArgs) -> Result<bool> {
         command.env("CRITERION_HOME", &home).env("TESTKIT_CPR_VMM", &binary);
         if arguments.quick {
             command.env("CPR_BENCH", "quick");
-            if package == "cpr-core" {
+            if package != "vmm" {
                 command.args(["--warm-up-time", "0.5", "--measurement-time", "1", "--sample-size", "20"]);
             }
         }

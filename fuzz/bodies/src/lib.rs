@@ -7,6 +7,7 @@
 //! stable.
 
 mod backend;
+mod block;
 mod command_line;
 mod early;
 mod frame;
@@ -15,6 +16,7 @@ mod monitors;
 mod preflight;
 mod state_file;
 
+pub use block::{block, block_state};
 pub use command_line::command_line;
 pub use early::{monitors, process, registry, update};
 pub use frame::{state_frame, state_frame_written};
@@ -46,6 +48,8 @@ pub struct Target {
 
 /// Every target, by name.
 pub const TARGETS: &[Target] = &[
+    Target { name: "block", run: block, seeds: block::seeds, max_len: 4096, words: &[] },
+    Target { name: "block_state", run: block_state, seeds: block::state_seeds, max_len: 64, words: &[] },
     Target {
         name: "command_line",
         run: command_line,

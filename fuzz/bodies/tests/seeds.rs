@@ -121,6 +121,8 @@ macro_rules! targets {
 }
 
 targets!(
+    block,
+    block_state,
     command_line,
     hmp,
     machine,

@@ -10,6 +10,8 @@
 //! specification says; and nonsense in a ring, after which nothing in it can be trusted, by [`Broken`]. The transport then sets
 //! `DEVICE_NEEDS_RESET`, and the device stands still until its driver resets it. Nothing a guest does is a panic.
 
+pub mod block;
+
 mod device;
 mod driver;
 
