@@ -14,6 +14,7 @@
 //! | files that outlive the process | [`storage`] |
 //! | descriptors across processes | [`scm`], [`uds`] |
 //! | processes | [`pidfd`], [`process`], [`mod@spawn`], [`keeper`], [`cgroup`] |
+//! | packets | [`packet`], [`tap`] |
 //! | wake-ups, signals, time, terminals | [`eventfd`], [`signals`], [`clock`], [`term`], [`stream`] |
 //!
 //! Linux 5.14 or later on x86-64. Process and thread ids are `u32`, as in [`std::process::id`]; signals are plain
@@ -33,6 +34,7 @@ pub mod keeper;
 pub mod mapping;
 pub mod memfd;
 pub mod memory;
+pub mod packet;
 pub mod pidfd;
 pub mod populate;
 pub mod process;
@@ -42,6 +44,7 @@ pub mod signals;
 pub mod spawn;
 pub mod storage;
 pub mod stream;
+pub mod tap;
 pub mod term;
 pub mod thread;
 pub mod uds;
