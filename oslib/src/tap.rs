@@ -292,13 +292,18 @@ mod tests {
 
     /// Runs `test` in a network namespace of its own, or says why not.
     fn in_a_namespace(name: &str, test: impl FnOnce() + Send + 'static) {
-        let thread = std::thread::spawn(move || match unshare(CloneFlags::CLONE_NEWNET) {
-            Ok(()) if std::path::Path::new(DEVICE).exists() => {
-                test();
-                None
+        let thread = std::thread::spawn(move || {
+            if !std::path::Path::new(DEVICE).exists() {
+                return Some("no /dev/net/tun".to_owned());
             }
-            Ok(()) => Some("no /dev/net/tun".to_owned()),
-            Err(errno) => Some(format!("unshare: {errno}")),
+            if Command::new("ip").arg("-V").output().is_err() {
+                return Some("no program 'ip'".to_owned());
+            }
+            if let Err(errno) = unshare(CloneFlags::CLONE_NEWNET) {
+                return Some(format!("unshare: {errno}"));
+            }
+            test();
+            None
         });
         if let Some(reason) = thread.join().expect("the test panicked") {
             eprintln!("SKIPPED {name}: {reason}");

@@ -126,6 +126,8 @@ targets!(
     machine,
     manifest,
     monitors,
+    net,
+    net_state,
     outside,
     platform,
     process,

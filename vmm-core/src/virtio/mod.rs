@@ -12,6 +12,7 @@
 
 mod device;
 mod driver;
+pub mod net;
 
 pub use device::{
     Broken, Class, Direction, Drained, Persistent, SectionVersions, VirtioDevice, Watch, WatchToken,
