@@ -15,6 +15,7 @@
 //! | files and guest memory, with the feature `guest-io` | `guest_io`, `uring` |
 //! | descriptors across processes | [`scm`], [`uds`] |
 //! | processes | [`pidfd`], [`process`], [`mod@spawn`], [`keeper`], [`cgroup`], [`seccomp`] |
+//! | packets | [`tap`]; with the feature `guest-io`, `packet` |
 //! | wake-ups, signals, time, terminals | [`eventfd`], [`signals`], [`clock`], [`term`], [`stream`] |
 //!
 //! Linux 5.14 or later on x86-64. Process and thread ids are `u32`, as in [`std::process::id`]; signals are plain
@@ -37,6 +38,8 @@ pub mod locks;
 pub mod mapping;
 pub mod memfd;
 pub mod memory;
+#[cfg(feature = "guest-io")]
+pub mod packet;
 pub mod pidfd;
 pub mod populate;
 pub mod process;
@@ -47,6 +50,7 @@ pub mod signals;
 pub mod spawn;
 pub mod storage;
 pub mod stream;
+pub mod tap;
 pub mod term;
 pub mod thread;
 pub mod uds;

@@ -13,6 +13,7 @@ mod early;
 mod frame;
 mod main_frame;
 mod monitors;
+mod net;
 mod preflight;
 mod state_file;
 
@@ -22,6 +23,7 @@ pub use early::{monitors, process, registry, update};
 pub use frame::{state_frame, state_frame_written};
 pub use main_frame::{machine, outside, platform, serial, time, vcpu, vm};
 pub use monitors::{hmp, qmp};
+pub use net::{net, net_state};
 pub use preflight::{manifest, verdict};
 pub use state_file::state_file;
 
@@ -61,6 +63,8 @@ pub const TARGETS: &[Target] = &[
     Target { name: "machine", run: machine, seeds: main_frame::machine_seeds, max_len: 256, words: &[] },
     Target { name: "manifest", run: manifest, seeds: preflight::manifest_seeds, max_len: 1024, words: &[] },
     Target { name: "monitors", run: monitors, seeds: early::monitors_seeds, max_len: 4096, words: &[] },
+    Target { name: "net", run: net, seeds: net::net_seeds, max_len: 2048, words: &[] },
+    Target { name: "net_state", run: net_state, seeds: net::net_state_seeds, max_len: 512, words: &[] },
     Target { name: "outside", run: outside, seeds: main_frame::outside_seeds, max_len: 256, words: &[] },
     Target { name: "platform", run: platform, seeds: main_frame::platform_seeds, max_len: 16, words: &[] },
     Target { name: "process", run: process, seeds: early::process_seeds, max_len: 256, words: &[] },

@@ -128,6 +128,8 @@ targets!(
     machine,
     manifest,
     monitors,
+    net,
+    net_state,
     outside,
     platform,
     process,

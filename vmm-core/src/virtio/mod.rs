@@ -14,6 +14,7 @@ pub mod block;
 
 mod device;
 mod driver;
+pub mod net;
 
 pub use device::{
     Broken, Class, Direction, Drained, Persistent, SectionVersions, VirtioDevice, Watch, WatchToken,
