@@ -15,6 +15,7 @@
 //! | descriptors across processes | [`scm`], [`uds`] |
 //! | processes | [`pidfd`], [`process`], [`mod@spawn`], [`keeper`], [`cgroup`] |
 //! | wake-ups, signals, time, terminals | [`eventfd`], [`signals`], [`clock`], [`term`], [`stream`] |
+//! | randomness | [`random`] |
 //!
 //! Linux 5.14 or later on x86-64. Process and thread ids are `u32`, as in [`std::process::id`]; signals are plain
 //! `i32` numbers, because real-time signals have no names.
@@ -36,6 +37,7 @@ pub mod memory;
 pub mod pidfd;
 pub mod populate;
 pub mod process;
+pub mod random;
 pub mod scm;
 pub mod shared;
 pub mod signals;

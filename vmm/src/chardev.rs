@@ -16,7 +16,7 @@ use anyhow::{Context, bail};
 use cpr_core::{FdKind, FdPolicy, FdRegistry};
 use oslib::term::Termios;
 use serde::{Deserialize, Serialize};
-use vmm_core::serial::SerialSink;
+use vmm_core::output::OutputSink;
 
 use crate::cli::config::{ChardevBackend, ChardevConfig};
 use crate::event_loop::{Interest, Token};
@@ -183,7 +183,7 @@ impl Output {
     }
 }
 
-impl SerialSink for Output {
+impl OutputSink for Output {
     fn write(&mut self, bytes: &[u8]) {
         Output::write(self, bytes);
     }
