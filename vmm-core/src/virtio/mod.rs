@@ -10,8 +10,14 @@
 //! specification says; and nonsense in a ring, after which nothing in it can be trusted, by [`Broken`]. The transport then sets
 //! `DEVICE_NEEDS_RESET`, and the device stands still until its driver resets it. Nothing a guest does is a panic.
 
+pub mod console;
+pub mod rng;
+
 mod device;
 mod driver;
+mod requests;
+#[cfg(test)]
+mod testing;
 
 pub use device::{
     Broken, Class, Direction, Drained, Persistent, SectionVersions, VirtioDevice, Watch, WatchToken,
