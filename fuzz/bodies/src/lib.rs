@@ -13,6 +13,7 @@ mod frame;
 mod main_frame;
 mod monitors;
 mod preflight;
+mod rings;
 mod state_file;
 
 pub use command_line::command_line;
@@ -21,6 +22,7 @@ pub use frame::{state_frame, state_frame_written};
 pub use main_frame::{machine, outside, platform, serial, time, vcpu, vm};
 pub use monitors::{hmp, qmp};
 pub use preflight::{manifest, verdict};
+pub use rings::{virtio_console, virtio_rng};
 pub use state_file::state_file;
 
 use std::fmt::Debug;
@@ -88,6 +90,14 @@ pub const TARGETS: &[Target] = &[
     Target { name: "update", run: update, seeds: early::update_seeds, max_len: 128, words: &[] },
     Target { name: "vcpu", run: vcpu, seeds: main_frame::vcpu_seeds, max_len: 16 << 10, words: &[] },
     Target { name: "verdict", run: verdict, seeds: preflight::verdict_seeds, max_len: 256, words: &[] },
+    Target {
+        name: "virtio_console",
+        run: virtio_console,
+        seeds: rings::virtio_console_seeds,
+        max_len: 8192,
+        words: &[],
+    },
+    Target { name: "virtio_rng", run: virtio_rng, seeds: rings::virtio_rng_seeds, max_len: 8192, words: &[] },
     Target { name: "vm", run: vm, seeds: main_frame::vm_seeds, max_len: 4096, words: &[] },
 ];
 

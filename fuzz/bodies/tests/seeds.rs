@@ -139,6 +139,8 @@ targets!(
     update,
     vcpu,
     verdict,
+    virtio_console,
+    virtio_rng,
     vm
 );
 

@@ -15,7 +15,7 @@ use vmm_core::kvm::{self, Capabilities};
 use vmm_core::state::{PlatformState, SerialState, VcpuState, VmState};
 
 use super::App;
-use super::host::{EarlyState, MachineSection, OutsideSection, SerialInput};
+use super::host::{ConsoleLine, EarlyState, MachineSection, OutsideSection, SerialInput};
 use crate::chardev;
 use crate::cli::config::{Config, Incoming, MemoryBackend, MemoryConfig};
 use crate::cli::{self, Invocation};
@@ -146,7 +146,11 @@ impl RamManifest {
 impl App {
     /// What the next program is shown.
     pub(super) fn show_machine(&self) -> Manifest {
-        manifest_of(&self.parts.config, self.moves_out)
+        let consoles = self.parts.front_ends.iter().filter(|front_end| front_end.has_console());
+        let (name, versions) = row::<ConsoleLine>();
+        consoles.zip(0..).fold(manifest_of(&self.parts.config, self.moves_out), |manifest, (_, instance)| {
+            manifest.section(name, instance, versions.clone())
+        })
     }
 }
 
@@ -178,8 +182,9 @@ pub fn judge_shown(
     for (name, versions) in sections() {
         catalogue = catalogue.requires(name, versions);
     }
-    let (name, versions) = moving();
-    catalogue = catalogue.reads(name, versions);
+    for (name, versions) in [moving(), row::<ConsoleLine>()] {
+        catalogue = catalogue.reads(name, versions);
+    }
     let machine = match manifest.decode_host::<MachineManifest>(1) {
         Ok(machine) => machine,
         Err(error) => return catalogue.judge(manifest, [errors::text(&error)]),
