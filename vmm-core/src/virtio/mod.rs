@@ -17,7 +17,7 @@ mod device;
 mod driver;
 mod requests;
 #[cfg(test)]
-mod testing;
+mod test_driver;
 
 pub use device::{
     Broken, Class, Direction, Drained, Persistent, SectionVersions, VirtioDevice, Watch, WatchToken,

@@ -226,7 +226,7 @@ mod tests {
     use std::os::unix::net::UnixStream;
 
     use super::*;
-    use crate::virtio::testing::{Guest, RAM, saved_and_loaded};
+    use crate::virtio::test_driver::{Guest, RAM, saved_and_loaded};
 
     fn rng() -> Rng {
         Rng::new(Source::Kernel).unwrap()

@@ -5,7 +5,7 @@ use std::sync::{Arc, Mutex};
 use proptest::prelude::*;
 
 use super::*;
-use crate::virtio::testing::{Guest, RAM, saved_and_loaded};
+use crate::virtio::test_driver::{Guest, RAM, saved_and_loaded};
 
 const ALL_FEATURES: u64 = 1 << F_SIZE | 1 << F_MULTIPORT | 1 << F_EMERG_WRITE;
 
