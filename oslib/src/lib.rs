@@ -17,6 +17,7 @@
 //! | processes | [`pidfd`], [`process`], [`mod@spawn`], [`keeper`], [`cgroup`], [`seccomp`] |
 //! | packets | [`tap`]; with the feature `guest-io`, `packet` |
 //! | wake-ups, signals, time, terminals | [`eventfd`], [`signals`], [`clock`], [`term`], [`stream`] |
+//! | randomness | [`random`] |
 //!
 //! Linux 5.14 or later on x86-64. Process and thread ids are `u32`, as in [`std::process::id`]; signals are plain
 //! `i32` numbers, because real-time signals have no names.
@@ -43,6 +44,7 @@ pub mod packet;
 pub mod pidfd;
 pub mod populate;
 pub mod process;
+pub mod random;
 pub mod scm;
 pub mod seccomp;
 pub mod shared;

@@ -15,8 +15,8 @@ use vmm_core::boot::{self, BootRequest, KernelImage};
 use vmm_core::kvm::{self, Capabilities, Vm};
 use vmm_core::machine::{Machine, MachineConfig};
 use vmm_core::memory::{Backend, BackendConfig, BackendKind, GuestRam};
+use vmm_core::output::OutputSink;
 use vmm_core::payload::{self, GuestWords, Header, Mailbox};
-use vmm_core::serial::SerialSink;
 use vmm_core::state::MachineState;
 use vmm_core::vcpu::RunObserver;
 
@@ -39,7 +39,7 @@ impl GuestWords for Ram {
 
 struct Nowhere;
 
-impl SerialSink for Nowhere {
+impl OutputSink for Nowhere {
     fn write(&mut self, _bytes: &[u8]) {}
 }
 

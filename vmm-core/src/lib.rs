@@ -14,6 +14,7 @@
 //! | time beyond one boot of the host | [`time`] |
 //! | I/O ports, MMIO, small devices, COM1 | [`ports`], [`platform`], [`serial`] |
 //! | disk images | [`block`] |
+//! | where a serial port's or console's output goes | [`output`] |
 //! | virtio devices | [`virtio`] |
 //! | loading a kernel | [`boot`] |
 //! | a guest for tests and measurements | [`payload`] |
@@ -27,6 +28,7 @@ pub mod error;
 pub mod kvm;
 pub mod machine;
 pub mod memory;
+pub mod output;
 pub mod payload;
 pub mod platform;
 pub mod ports;

@@ -22,9 +22,10 @@ use zerocopy::IntoBytes;
 pub use crate::error::MachineError;
 use crate::kvm::{self, Capabilities, Vm};
 use crate::memory::GuestRam;
+use crate::output::OutputSink;
 use crate::platform::{self, Rtc};
 use crate::ports::{MmioBus, PortBus};
-use crate::serial::{COM1_IRQ, COM1_LEN, COM1_PORT, KvmIrqLine, Serial, SerialSink};
+use crate::serial::{COM1_IRQ, COM1_LEN, COM1_PORT, KvmIrqLine, Serial};
 use crate::state::{Blob, GsiRoute, MachineState, PlatformState, VcpuState};
 use crate::time::{Now, TimeState, realtime_ns};
 use crate::vcpu::{self, Environment, EventQueue, EventSender, RunObserver, Vcpus, event_queue};
@@ -40,7 +41,7 @@ pub struct MachineConfig {
     /// How many vCPUs, 1 to [`MAX_VCPUS`].
     pub vcpus: usize,
     /// Where COM1's output goes.
-    pub serial: Box<dyn SerialSink>,
+    pub serial: Box<dyn OutputSink>,
     /// Who is told when the guest stands still and when it runs again.
     pub observer: Arc<dyn RunObserver>,
 }

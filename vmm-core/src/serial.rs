@@ -1,6 +1,6 @@
 //! COM1: a 16550 serial port at 0x3f8 on interrupt 4.
 //!
-//! The registers are `vm-superio`'s. Output goes to a [`SerialSink`], byte by byte as the guest writes it; input comes
+//! The registers are `vm-superio`'s. Output goes to an [`OutputSink`], byte by byte as the guest writes it; input comes
 //! from whoever owns the terminal, as far as the FIFO has room. The interrupt is a pulse, as the in-kernel
 //! interrupt controllers remember edges: an interrupt that is pending when the state is saved is part of *their*
 //! state, so restoring the port raises none.
@@ -14,6 +14,7 @@ use vm_superio::Trigger;
 use vm_superio::serial::{Serial as Uart, SerialEvents};
 
 use crate::kvm::Vm;
+use crate::output::OutputSink;
 use crate::ports::PortDevice;
 use crate::state::{Blob, SerialState, StateError};
 
@@ -25,16 +26,6 @@ pub const COM1_LEN: u16 = 8;
 pub const COM1_IRQ: u32 = 4;
 /// Bytes that the receive FIFO holds (`vm-superio`).
 pub const FIFO_LEN: usize = 64;
-
-/// Where the guest's output goes. Called by vCPU threads with the guest waiting and the port locked: it must neither
-/// block nor call back into the port.
-pub trait SerialSink: Send {
-    /// Takes bytes that the guest wrote. What it cannot pass on at once it keeps or drops; the guest is not told.
-    fn write(&mut self, bytes: &[u8]);
-
-    /// The guest has read everything that was enqueued: there is room again.
-    fn input_drained(&mut self) {}
-}
 
 /// An edge-triggered interrupt line.
 pub trait IrqLine: Send + Sync {
@@ -66,7 +57,7 @@ impl IrqLine for KvmIrqLine {
     }
 }
 
-type Sink = Arc<Mutex<Box<dyn SerialSink>>>;
+type Sink = Arc<Mutex<Box<dyn OutputSink>>>;
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
@@ -124,7 +115,7 @@ pub struct Serial {
 
 impl Serial {
     /// Makes a port in its state after reset.
-    pub fn new(line: Arc<dyn IrqLine>, sink: Box<dyn SerialSink>) -> Self {
+    pub fn new(line: Arc<dyn IrqLine>, sink: Box<dyn OutputSink>) -> Self {
         let pulse = Pulse { line, muted: Arc::default() };
         let output = Output(Arc::new(Mutex::new(sink)));
         let uart = Mutex::new(Uart::with_events(pulse.clone(), output.clone(), output.clone()));
@@ -237,7 +228,7 @@ mod tests {
     #[derive(Clone, Default)]
     struct Seen(Arc<Mutex<Vec<u8>>>, Arc<AtomicUsize>);
 
-    impl SerialSink for Seen {
+    impl OutputSink for Seen {
         fn write(&mut self, bytes: &[u8]) {
             self.0.lock().unwrap().extend_from_slice(bytes);
         }

@@ -16,7 +16,7 @@ use anyhow::{Context, bail};
 use cpr_core::{FdKind, FdPolicy, FdRegistry};
 use oslib::term::Termios;
 use serde::{Deserialize, Serialize};
-use vmm_core::serial::SerialSink;
+use vmm_core::output::OutputSink;
 
 use crate::cli::config::{ChardevBackend, ChardevConfig};
 use crate::event_loop::{Interest, Token};
@@ -183,7 +183,7 @@ impl Output {
     }
 }
 
-impl SerialSink for Output {
+impl OutputSink for Output {
     fn write(&mut self, bytes: &[u8]) {
         Output::write(self, bytes);
     }
@@ -333,8 +333,14 @@ impl Chardev {
 
     /// The width of the terminal in columns, if it is one.
     pub fn columns(&self) -> Option<u16> {
+        self.window().map(|(columns, _)| columns)
+    }
+
+    /// Columns and rows of the terminal, if it is one and they are known.
+    pub fn window(&self) -> Option<(u16, u16)> {
         let Kind::Stdio { input: Some(input), .. } = &self.kind else { return None };
-        oslib::term::window(input).ok().map(|window| window.columns).filter(|&columns| columns > 0)
+        let window = oslib::term::window(input).ok()?;
+        (window.columns > 0).then_some((window.columns, window.rows))
     }
 
     /// As QEMU describes it in `query-chardev`.

@@ -361,6 +361,7 @@ fn build(
         if chardev.is_connected() && !took_over {
             front_end.connect(chardev.id());
         }
+        front_end.tell_consoles(&chardev);
         chardevs.push(chardev);
         front_ends.push(front_end);
     }

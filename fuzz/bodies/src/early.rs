@@ -224,7 +224,7 @@ fn go_on(state: EarlyState, users: Vec<User>) {
         front_end.restore(chardev.identity(), front_end_state, &registry, true, None);
         for user in &mut front_end.users {
             match user {
-                User::Serial(_) | User::Hmp(None) | User::Qmp(None) => {}
+                User::Serial(_) | User::Console(..) | User::Hmp(None) | User::Qmp(None) => {}
                 User::Hmp(Some(session)) => go_on_typing(session),
                 User::Qmp(Some(session)) => go_on_asking(session),
             }

@@ -15,6 +15,7 @@ mod main_frame;
 mod monitors;
 mod net;
 mod preflight;
+mod rings;
 mod state_file;
 
 pub use block::{block, block_state};
@@ -25,6 +26,7 @@ pub use main_frame::{machine, outside, platform, serial, time, vcpu, vm};
 pub use monitors::{hmp, qmp};
 pub use net::{net, net_state};
 pub use preflight::{manifest, verdict};
+pub use rings::{virtio_console, virtio_rng};
 pub use state_file::state_file;
 
 use std::fmt::Debug;
@@ -96,6 +98,14 @@ pub const TARGETS: &[Target] = &[
     Target { name: "update", run: update, seeds: early::update_seeds, max_len: 128, words: &[] },
     Target { name: "vcpu", run: vcpu, seeds: main_frame::vcpu_seeds, max_len: 16 << 10, words: &[] },
     Target { name: "verdict", run: verdict, seeds: preflight::verdict_seeds, max_len: 256, words: &[] },
+    Target {
+        name: "virtio_console",
+        run: virtio_console,
+        seeds: rings::virtio_console_seeds,
+        max_len: 8192,
+        words: &[],
+    },
+    Target { name: "virtio_rng", run: virtio_rng, seeds: rings::virtio_rng_seeds, max_len: 8192, words: &[] },
     Target { name: "vm", run: vm, seeds: main_frame::vm_seeds, max_len: 4096, words: &[] },
 ];
 

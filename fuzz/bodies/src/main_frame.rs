@@ -9,8 +9,9 @@ use kvm_bindings::{
 };
 use vmm::app::{Arrived, read_machine};
 use vmm::cli::config::Config;
+use vmm_core::output::OutputSink;
 use vmm_core::ports::PortDevice;
-use vmm_core::serial::{COM1_LEN, IrqLine, Serial, SerialSink};
+use vmm_core::serial::{COM1_LEN, IrqLine, Serial};
 use vmm_core::state::{
     Blob, ClockState, GsiRoute, MachineState, NESTED_HEADER_LEN, PlatformState, SREGS2_LEN, SerialState,
     SregsState, VcpuState, VmState, XSAVE_MIN_LEN,
@@ -201,7 +202,7 @@ impl IrqLine for Nobody {
     fn pulse(&self) {}
 }
 
-impl SerialSink for Nobody {
+impl OutputSink for Nobody {
     fn write(&mut self, _bytes: &[u8]) {}
 }
 

@@ -143,6 +143,8 @@ targets!(
     update,
     vcpu,
     verdict,
+    virtio_console,
+    virtio_rng,
     vm
 );
 

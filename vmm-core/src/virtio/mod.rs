@@ -11,10 +11,15 @@
 //! `DEVICE_NEEDS_RESET`, and the device stands still until its driver resets it. Nothing a guest does is a panic.
 
 pub mod block;
+pub mod console;
+pub mod net;
+pub mod rng;
 
 mod device;
 mod driver;
-pub mod net;
+mod requests;
+#[cfg(test)]
+mod test_driver;
 
 pub use device::{
     Broken, Class, Direction, Drained, Persistent, SectionVersions, VirtioDevice, Watch, WatchToken,

@@ -8,7 +8,7 @@ use kvm_bindings::{kvm_regs, kvm_segment, kvm_sregs};
 use vm_memory::{Bytes, GuestAddress};
 use vmm_core::machine::{Machine, MachineConfig};
 use vmm_core::memory::{Backend, BackendConfig, BackendKind, GuestRam};
-use vmm_core::serial::SerialSink;
+use vmm_core::output::OutputSink;
 use vmm_core::vcpu::{NoObserver, RunObserver};
 
 /// Where vCPU 0 starts, in flat 32-bit mode.
@@ -96,7 +96,7 @@ pub(crate) fn have_kvm(test: &str) -> bool {
 #[derive(Clone, Default)]
 pub(crate) struct Console(pub(crate) Arc<Mutex<Vec<u8>>>);
 
-impl SerialSink for Console {
+impl OutputSink for Console {
     fn write(&mut self, bytes: &[u8]) {
         self.0.lock().unwrap().extend_from_slice(bytes);
     }

@@ -152,6 +152,7 @@ impl App {
             if let Some(users) = users {
                 front_end.restore(&identity, users, &parts.services.registry, chardev.is_connected(), None);
             }
+            front_end.tell_consoles(&chardev);
             parts.chardevs[at] = chardev;
         }
         Ok(())
@@ -205,7 +206,7 @@ impl App {
     pub(super) fn serial_input(&self) -> Vec<u8> {
         let of = |user: &User| match user {
             User::Serial(waiting) => waiting.iter().copied().collect(),
-            User::Hmp(_) | User::Qmp(_) => Vec::new(),
+            User::Hmp(_) | User::Qmp(_) | User::Console(..) => Vec::new(),
         };
         self.parts.front_ends.iter().flat_map(|front_end: &FrontEnd| &front_end.users).flat_map(of).collect()
     }

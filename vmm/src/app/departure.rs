@@ -19,6 +19,12 @@ impl App {
         self.parts.front_ends.iter().position(is_serial)
     }
 
+    /// The chardevs that the guest writes to.
+    pub(super) fn guests_chardevs(&self) -> impl Iterator<Item = usize> {
+        let front_ends = self.parts.front_ends.iter().enumerate();
+        front_ends.filter(|(_, front_end)| front_end.is_guests()).map(|(at, _)| at)
+    }
+
     /// Monitors hear of the stop and of what follows now, for the next program has them from here on.
     pub(super) fn say_farewell(&mut self) {
         self.progress.status = Status::Active;
@@ -73,9 +79,9 @@ impl App {
             self.progress.control.as_ref().is_some_and(|control| control.rendezvous().was_deferred());
         if deferred {
             // That program served the monitors meanwhile, and sent them what they had not taken.
-            let serial = self.serial_chardev();
-            let others = self.parts.chardevs.iter().enumerate().filter(|(at, _)| Some(*at) != serial);
-            others.for_each(|(_, chardev)| chardev.output().forget());
+            let of_all = self.parts.chardevs.iter().zip(&self.parts.front_ends);
+            let others = of_all.filter(|(_, front_end)| !front_end.is_guests());
+            others.for_each(|(chardev, _)| chardev.output().forget());
         }
         match EventLoop::new() {
             Ok(events) => self.events = events,

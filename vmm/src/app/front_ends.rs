@@ -4,9 +4,10 @@ use std::collections::VecDeque;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use serde_json::Value;
+use vmm_core::virtio::console::HostEnd;
 
 use super::App;
-use crate::chardev::Input;
+use crate::chardev::{Chardev, Input};
 use crate::monitor::mux::{self, Mux};
 use crate::monitor::{QmpError, hmp, qmp};
 
@@ -27,6 +28,9 @@ pub struct FrontEnd {
 pub enum User {
     /// COM1; holds input that its FIFO has no room for.
     Serial(VecDeque<u8>),
+    /// A port of a virtio console; holds input that it has no room for.
+    #[allow(dead_code, reason = "the command line has no devices yet")]
+    Console(HostEnd, VecDeque<u8>),
     /// A monitor for people. `None` while nobody is connected.
     Hmp(Option<Box<hmp::Session>>),
     /// A monitor for programs. `None` while nobody is connected.
@@ -60,14 +64,34 @@ impl FrontEnd {
                     *session = Some(Box::new(new));
                 }
                 User::Qmp(session) if session.is_none() => *session = Some(Box::new(qmp::Session::new(id))),
-                User::Hmp(_) | User::Qmp(_) | User::Serial(_) => {}
+                User::Hmp(_) | User::Qmp(_) | User::Serial(_) | User::Console(..) => {}
             }
         }
     }
 
+    /// Tells the guest's consoles who is at the other end of the chardev, and how large that is.
+    pub fn tell_consoles(&self, chardev: &Chardev) {
+        for user in &self.users {
+            if let User::Console(end, _) = user {
+                end.set_connected(chardev.is_connected());
+                end.set_size(chardev.window().unwrap_or_default());
+            }
+        }
+    }
+
+    /// Whether one of its users is the guest's.
+    pub fn is_guests(&self) -> bool {
+        self.users.iter().any(User::is_guests)
+    }
+
+    /// Whether one of its users is a virtio console.
+    pub fn has_console(&self) -> bool {
+        self.users.iter().any(|user| matches!(user, User::Console(..)))
+    }
+
     /// Whether it belongs to the guest, and to no monitor.
     pub fn is_guests_only(&self) -> bool {
-        self.mux.is_none() && matches!(self.users[..], [User::Serial(_)])
+        self.mux.is_none() && matches!(&self.users[..], [user] if user.is_guests())
     }
 
     fn disconnect(&mut self) {
@@ -75,16 +99,20 @@ impl FrontEnd {
             match user {
                 User::Hmp(session) => *session = None,
                 User::Qmp(session) => *session = None,
-                User::Serial(_) => {}
+                User::Serial(_) | User::Console(..) => {}
             }
         }
     }
 }
 
 impl User {
+    fn is_guests(&self) -> bool {
+        matches!(self, User::Serial(_) | User::Console(..))
+    }
+
     fn wants_input(&self) -> bool {
         match self {
-            User::Serial(waiting) => waiting.is_empty(),
+            User::Serial(waiting) | User::Console(_, waiting) => waiting.is_empty(),
             User::Hmp(session) => session.as_ref().is_some_and(|s| s.wants_input()),
             User::Qmp(session) => session.as_ref().is_some_and(|s| s.wants_input()),
         }
@@ -92,7 +120,7 @@ impl User {
 
     fn feed(&mut self, bytes: Vec<u8>, fds: Vec<std::os::fd::OwnedFd>) {
         match self {
-            User::Serial(waiting) => waiting.extend(bytes),
+            User::Serial(waiting) | User::Console(_, waiting) => waiting.extend(bytes),
             User::Hmp(Some(session)) => session.feed(&bytes, fds),
             User::Qmp(Some(session)) => session.feed(&bytes, fds),
             User::Hmp(None) | User::Qmp(None) => {}
@@ -113,10 +141,20 @@ impl App {
             && users.any(|user| matches!(user, User::Serial(waiting) if !waiting.is_empty()))
     }
 
+    /// Consoles that had no room for input, and have some again as soon as these are readable.
+    pub(super) fn full_consoles(&self) -> impl Iterator<Item = &HostEnd> {
+        let users = self.parts.front_ends.iter().flat_map(|f| &f.users);
+        users.filter_map(|user| match user {
+            User::Console(end, waiting) if !waiting.is_empty() => Some(end),
+            _ => None,
+        })
+    }
+
     pub(super) fn accept(&mut self, at: usize) -> anyhow::Result<()> {
         let chardev = &mut self.parts.chardevs[at];
         if chardev.accept(&self.parts.services.registry)? {
             self.parts.front_ends[at].connect(chardev.id());
+            self.parts.front_ends[at].tell_consoles(chardev);
         }
         Ok(())
     }
@@ -127,7 +165,10 @@ impl App {
         }
         match self.parts.chardevs[at].read(READ_LIMIT) {
             Input::Nothing => {}
-            Input::Closed => self.parts.front_ends[at].disconnect(),
+            Input::Closed => {
+                self.parts.front_ends[at].disconnect();
+                self.parts.front_ends[at].tell_consoles(&self.parts.chardevs[at]);
+            }
             Input::Data(bytes, fds) => self.feed(at, bytes, fds),
         }
     }
@@ -190,6 +231,14 @@ impl App {
                 if let Some(hardware) = self.parts.hardware.as_ref().filter(|_| !is_away) {
                     let accepted = hardware.machine.serial().enqueue(waiting.make_contiguous());
                     waiting.drain(..accepted);
+                }
+            }
+            User::Console(end, waiting) => {
+                if !is_away {
+                    let accepted = end.put(waiting.make_contiguous());
+                    waiting.drain(..accepted);
+                    // Looked up each time, because windows are resized.
+                    end.set_size(self.parts.chardevs[at].window().unwrap_or_default());
                 }
             }
             // Taken out meanwhile: commands act on the whole program.
@@ -272,7 +321,7 @@ impl App {
             match user {
                 User::Hmp(Some(session)) => session.resume(result()),
                 User::Qmp(Some(session)) => session.resume(result()),
-                User::Hmp(None) | User::Qmp(None) | User::Serial(_) => {}
+                User::Hmp(None) | User::Qmp(None) | User::Serial(_) | User::Console(..) => {}
             }
         }
         self.resumed = true;

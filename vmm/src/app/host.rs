@@ -55,6 +55,22 @@ impl SectionType for SerialInput {
     const VERSION: u32 = 1;
 }
 
+/// Main section, one for each chardev of virtio consoles: what is on its way through the chardev.
+#[derive(Debug, Serialize, Deserialize)]
+pub(super) struct ConsoleLine {
+    /// Of which chardev.
+    identity: String,
+    /// What the guest wrote and the chardev has not sent. Of a chardev that COM1 has as well, see [`OutsideSection`].
+    unsent: Vec<u8>,
+    /// Input that the console had no room for, if the guest moves to another process.
+    input: Vec<u8>,
+}
+
+impl SectionType for ConsoleLine {
+    const NAME: &'static str = "cpr-vmm/console-line";
+    const VERSION: u32 = 1;
+}
+
 /// Bytes of state of a machine without vCPUs, generously.
 const STATE_LEN: usize = 32 << 10;
 /// Bytes of state of a vCPU, of which its extended registers are the most.
@@ -76,6 +92,7 @@ pub(super) struct Loaded {
     ended: Option<GuestEnd>,
     /// Input that COM1 has no room for yet.
     serial_input: Vec<u8>,
+    consoles: Vec<ConsoleLine>,
 }
 
 /// Early section: chardevs, monitors, migration settings, and what the machine is built of before its state is there.
@@ -126,6 +143,10 @@ impl TryFrom<&EarlyState> for EarlyStateV1 {
 
     fn try_from(new: &EarlyState) -> Result<EarlyStateV1, String> {
         is_first_machine_type(&new.machine_type)?;
+        let mut users = new.chardevs.iter().flat_map(|(_, front_end)| &front_end.users);
+        if users.any(|user| matches!(user, UserState::Console(_))) {
+            return Err("it has no consoles".into());
+        }
         Ok(EarlyStateV1 {
             chardevs: new.chardevs.clone(),
             settings: (&new.settings).into(),
@@ -165,13 +186,14 @@ enum UserState {
     Serial(Vec<u8>),
     Hmp(Option<hmp::SessionState>, u64),
     Qmp(Option<qmp::SessionState>, u64),
+    Console(Vec<u8>),
 }
 
 impl UserState {
     /// How many descriptors that nobody claimed travel beside it.
     fn descriptors(&self) -> u64 {
         match self {
-            UserState::Serial(_) => 0,
+            UserState::Serial(_) | UserState::Console(_) => 0,
             UserState::Hmp(_, count) | UserState::Qmp(_, count) => *count,
         }
     }
@@ -291,6 +313,7 @@ pub struct Arrived {
     outside: OutsideSection,
     ended: Option<GuestEnd>,
     serial_input: Vec<u8>,
+    consoles: Vec<ConsoleLine>,
 }
 
 /// What the main frame of a guest in storage says of its machine type.
@@ -330,7 +353,11 @@ pub fn read_machine(main: &mut Frame, config: &Config) -> anyhow::Result<Arrived
     let outside = formats::take(main, 0)?;
     let serial_input = main.take(SerialInput::NAME, 0).map(|section| formats::read(&section)).transpose()?;
     let SerialInput(serial_input) = serial_input.unwrap_or_default();
-    Ok(Arrived { run_state, state, time, outside, ended: machine.ended, serial_input })
+    let mut consoles = Vec::new();
+    while let Some(section) = main.take(ConsoleLine::NAME, u32::try_from(consoles.len())?) {
+        consoles.push(formats::read(&section)?);
+    }
+    Ok(Arrived { run_state, state, time, outside, ended: machine.ended, serial_input, consoles })
 }
 
 fn read_time(section: &Section, vcpus: u32) -> anyhow::Result<TimeState> {
@@ -367,7 +394,8 @@ impl FrontEnd {
         let mut offset = 0;
         for (user, state) in self.users.iter_mut().zip(state.users) {
             match (user, state) {
-                (User::Serial(waiting), UserState::Serial(bytes)) => *waiting = bytes.into(),
+                (User::Serial(waiting), UserState::Serial(bytes))
+                | (User::Console(_, waiting), UserState::Console(bytes)) => *waiting = bytes.into(),
                 _ if !connected => {}
                 (User::Hmp(session), UserState::Hmp(saved, fds)) => {
                     *session = saved.map(|saved| {
@@ -419,7 +447,6 @@ impl App {
         let registry = &self.parts.services.registry;
         let mut kept = Vec::new();
         let mut chardevs = Vec::new();
-        let serial = self.serial_chardev();
         for (at, (chardev, front_end)) in self.parts.chardevs.iter().zip(&self.parts.front_ends).enumerate() {
             if self.moves_out && !self.travels(at) {
                 continue;
@@ -431,6 +458,8 @@ impl App {
                     // Read on until the guest is stopped, if the target is built meanwhile by another process.
                     User::Serial(_) if self.moves_out => UserState::Serial(Vec::new()),
                     User::Serial(waiting) => UserState::Serial(waiting.iter().copied().collect()),
+                    User::Console(..) if self.moves_out => UserState::Console(Vec::new()),
+                    User::Console(_, waiting) => UserState::Console(waiting.iter().copied().collect()),
                     User::Hmp(session) => {
                         let fds = session.iter().flat_map(|s| s.received_fds());
                         let fds = save_received(fds, chardev.identity(), &mut offset, registry, &mut kept)?;
@@ -444,7 +473,7 @@ impl App {
                 });
             }
             // What the guest prints is still being sent while the target is built.
-            let pending = if serial == Some(at) { Vec::new() } else { chardev.output().pending() };
+            let pending = if front_end.is_guests() { Vec::new() } else { chardev.output().pending() };
             chardevs.push((chardev.save(pending), FrontEndState { mux: front_end.mux.clone(), users }));
         }
         self.saved_fds = kept;
@@ -480,6 +509,9 @@ impl App {
         if self.moves_out {
             formats::put(main, 0, &SerialInput(self.serial_input()))?;
         }
+        for (line, instance) in self.console_lines().iter().zip(0..) {
+            formats::put(main, instance, line)?;
+        }
         if self.outlives_kernel {
             formats::put(main, 0, &self.hardware()?.machine.time()?)?;
         }
@@ -488,24 +520,61 @@ impl App {
 
     fn load_sections(&mut self, main: &mut Frame) -> anyhow::Result<()> {
         self.hardware()?.machine.expect_state();
-        let Arrived { run_state, mut state, time, outside, ended, serial_input } =
+        let Arrived { run_state, mut state, time, outside, ended, serial_input, consoles } =
             read_machine(main, &self.parts.config)?;
         if let Some(time) = time {
             time.go_on(&mut state, &Now::read().context("the time of the guest cannot be set")?);
         }
         self.state_before_update = run_state;
         self.hardware()?.machine.restore(&state).context("the machine refuses the state")?;
-        self.loaded = Loaded { outside, ended, serial_input };
+        self.loaded = Loaded { outside, ended, serial_input, consoles };
         Ok(())
+    }
+
+    /// The chardevs of consoles, which send nothing from now on.
+    fn console_lines(&self) -> Vec<ConsoleLine> {
+        let serial = self.serial_chardev();
+        let moves_out = self.moves_out;
+        let line = |at: usize| {
+            let (chardev, users) = (&self.parts.chardevs[at], &self.parts.front_ends[at].users);
+            let unsent = if serial == Some(at) { Vec::new() } else { chardev.output().hold() };
+            let input = users.iter().filter_map(|user| match user {
+                User::Console(_, waiting) if moves_out => Some(waiting),
+                _ => None,
+            });
+            let input = input.flatten().copied().collect();
+            ConsoleLine { identity: chardev.identity().into(), unsent, input }
+        };
+        let has_console = |at: &usize| self.parts.front_ends[*at].has_console();
+        self.guests_chardevs().filter(has_console).map(line).collect()
+    }
+
+    fn go_on_with_line(&mut self, ConsoleLine { identity, unsent, input }: ConsoleLine) {
+        let Some(at) = self.parts.chardevs.iter().position(|chardev| chardev.identity() == identity) else {
+            tracing::warn!(
+                chardev = identity,
+                "a console has lost its chardev, and what was on its way there"
+            );
+            return;
+        };
+        self.parts.chardevs[at].output().write_first(&unsent);
+        for user in &mut self.parts.front_ends[at].users {
+            if let User::Console(_, waiting) = user {
+                let later = std::mem::replace(waiting, input.into());
+                waiting.extend(later);
+                return;
+            }
+        }
     }
 
     /// What the guest had done to the outside when it was stopped goes on from here; the guest is ours.
     fn carry_on(&mut self) {
-        let Loaded { outside, ended, serial_input } = std::mem::take(&mut self.loaded);
+        let Loaded { outside, ended, serial_input, consoles } = std::mem::take(&mut self.loaded);
         self.give_serial_input(serial_input);
         if let Some(at) = self.serial_chardev() {
             self.parts.chardevs[at].output().write_first(&outside.unsent);
         }
+        consoles.into_iter().for_each(|line| self.go_on_with_line(line));
         self.untold_resets = outside.resets;
         self.tell_resets();
         if let Some(ended) = ended {
@@ -655,7 +724,7 @@ impl Host for App {
     fn resume(&mut self, activity: GuestActivity) -> Result<(), BoxError> {
         self.saved_fds.clear();
         self.stop_told = false;
-        if let Some(at) = self.serial_chardev() {
+        for at in self.guests_chardevs() {
             self.parts.chardevs[at].output().release();
         }
         match activity {
@@ -724,6 +793,7 @@ mod version_tests;
 #[cfg(test)]
 mod tests {
     use cpr_core::frame::FrameWriter;
+    use vmm_core::virtio::console::HostEnd;
 
     use super::*;
 
@@ -752,5 +822,35 @@ mod tests {
                 assert_eq!(result.err().map(|error| error.to_string()), (!good).then_some(expected));
             }
         }
+    }
+
+    #[test]
+    fn input_that_a_console_has_no_room_for_goes_on_with_it() {
+        let end = HostEnd::new().unwrap();
+        let mut front_end = FrontEnd { users: vec![User::Console(end, Default::default())], mux: None };
+        assert!(front_end.is_guests_only() && front_end.has_console());
+        let state = FrontEndState { mux: None, users: vec![UserState::Console(b"later".to_vec())] };
+        front_end.restore("null:c", state, &FdRegistry::default(), false, None);
+        assert!(matches!(&front_end.users[..], [User::Console(_, waiting)] if waiting == b"later"));
+    }
+
+    #[test]
+    fn a_guest_with_consoles_does_not_go_to_the_release_before() {
+        let early = |users: Vec<UserState>| {
+            let chardev = ("null:c", true, b"".to_vec(), None::<()>);
+            let state = (
+                "microvm-0.1",
+                vec![(chardev, (None::<Mux>, users))],
+                Settings::default(),
+                [""; 0].to_vec(),
+                Vec::<Blob>::new(),
+            );
+            let mut early = FrameWriter::default();
+            early.put_value(EarlyState::NAME, 0, 2, &state).unwrap();
+            take_early_state(&mut Frame::parse(&early.finish(1)).unwrap()).unwrap()
+        };
+        assert!(EarlyStateV1::try_from(&early(vec![UserState::Serial(Vec::new())])).is_ok());
+        let error = EarlyStateV1::try_from(&early(vec![UserState::Console(Vec::new())])).unwrap_err();
+        assert_eq!(error, "it has no consoles");
     }
 }

@@ -253,8 +253,8 @@ impl App {
         interests.extend(waited_for.map(|fd| Interest::read(fd, Token::Update)));
         if self.departed {
             // Signals are for the process that was left, and so are monitors; what the guest prints is sent from here.
-            let serial = self.serial_chardev().into_iter();
-            interests.extend(serial.flat_map(|at| self.parts.chardevs[at].interests(at, Direction::Output)));
+            let guests = self.guests_chardevs();
+            interests.extend(guests.flat_map(|at| self.parts.chardevs[at].interests(at, Direction::Output)));
             return interests;
         }
         interests.extend(self.arrival_fds().iter().map(|fd| Interest::read(fd, Token::Incoming)));
@@ -268,6 +268,7 @@ impl App {
             };
             interests.extend(chardev.interests(at, direction));
         }
+        interests.extend(self.full_consoles().map(|end| Interest::read_forever(end.room(), Token::Room)));
         if let Some((keeper, _)) = &self.keeper {
             interests.push(Interest::read(keeper, Token::Keeper));
         }
@@ -307,6 +308,8 @@ impl App {
                     self.read_input(at);
                 }
             }
+            // What waits is given to them in each round anyway.
+            Token::Room => self.full_consoles().try_for_each(|end| end.room().drain().map(drop))?,
             Token::Keeper => self.reap_keeper(),
             // Both are stepped in each round anyway.
             Token::Update | Token::Incoming => {}

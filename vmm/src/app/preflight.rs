@@ -17,7 +17,7 @@ use vmm_core::state::{PlatformState, SerialState, VcpuState, VmState};
 
 use super::App;
 use super::device_shape::{DeviceShape, DevicesSection};
-use super::host::{EarlyState, MachineSection, OutsideSection, SerialInput};
+use super::host::{ConsoleLine, EarlyState, MachineSection, OutsideSection, SerialInput};
 use crate::chardev;
 use crate::cli::config::{Config, DeviceConfig, Incoming, MemoryBackend, MemoryConfig};
 use crate::cli::{self, Invocation};
@@ -186,7 +186,11 @@ impl RamManifest {
 impl App {
     /// What the next program is shown.
     pub(super) fn show_machine(&self) -> Manifest {
-        manifest_of(&self.parts.config, self.moves_out)
+        let consoles = self.parts.front_ends.iter().filter(|front_end| front_end.has_console());
+        let (name, versions) = row::<ConsoleLine>();
+        consoles.zip(0..).fold(manifest_of(&self.parts.config, self.moves_out), |manifest, (_, instance)| {
+            manifest.section(name, instance, versions.clone())
+        })
     }
 }
 
@@ -219,7 +223,7 @@ pub fn judge_shown(
     for (name, versions) in sections() {
         catalogue = catalogue.requires(name, versions);
     }
-    for (name, versions) in [devices(), moving()] {
+    for (name, versions) in [devices(), moving(), row::<ConsoleLine>()] {
         catalogue = catalogue.reads(name, versions);
     }
     let machine = match MachineManifest::find_in(manifest) {
