@@ -53,7 +53,7 @@ pub fn preflight_request() -> Result<Option<PreflightRequest>, ReceiveError> {
 }
 
 impl PreflightRequest {
-    fn read(memfds: Vec<OwnedFd>) -> Result<PreflightRequest, BoxError> {
+    pub(crate) fn read(memfds: Vec<OwnedFd>) -> Result<PreflightRequest, BoxError> {
         let [manifest, verdict] = <[OwnedFd; 2]>::try_from(memfds).map_err(|_| "there are not two memfds")?;
         let mut frame = Frame::read_memfd(manifest)?;
         let main: ChannelWire = frame.require(names::CHANNEL_SECTION, 0)?.decode(1)?;
