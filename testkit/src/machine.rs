@@ -41,8 +41,7 @@ impl Machine {
         let guest = vmm.guest()?;
         let pattern_bytes = bytes(&guest);
         guest.fill(pattern_bytes, seed)?;
-        let events = json!([{ "capability": "events", "state": true }]);
-        vmm.qmp().execute("migrate-set-capabilities", json!({ "capabilities": events }))?;
+        vmm.set_capability("events")?;
         let mut machine = Machine { beats: vec![0; vmm.cpus().into()], vmm, guest, pattern_bytes, seed };
         machine.look_at_beats()?;
         Ok(machine)
