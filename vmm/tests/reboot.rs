@@ -188,7 +188,7 @@ fn ram_is_copied_from_shared_and_from_private_memory() -> anyhow::Result<()> {
     let _alone = alone();
     let storage = Storage::new()?;
     let wake = |ram: &str| machine(2, ram).incoming(&storage.uri()).start();
-    let (mut vmm, guest) = filled(2)?;
+    let (mut vmm, _) = filled(2)?;
     vmm.store(&storage.uri())?;
     let len = storage.state().metadata()?.len();
     ensure!((FILLED..FILLED + (16 << 20)).contains(&len), "{len}");
@@ -251,7 +251,7 @@ fn defer_takes_the_mode_and_another_try() -> anyhow::Result<()> {
     need_kvm!();
     let _alone = alone();
     let storage = Storage::new()?;
-    let (mut vmm, guest) = storage.filled(1)?;
+    let (vmm, guest) = storage.filled(1)?;
     storage.rest(vmm)?;
     let mut vmm = storage.machine(1).incoming("defer").start()?;
     let uri = storage.uri();
@@ -508,7 +508,7 @@ fn the_guests_time_goes_on_under_another_kernel() -> anyhow::Result<()> {
     let _alone = alone();
     const HOUR: f64 = 3600.0;
     let storage = Storage::new()?;
-    let (mut vmm, guest) = storage.filled(2)?;
+    let (vmm, guest) = storage.filled(2)?;
     storage.rest(vmm)?;
     let (before, vm_before, vcpus) = time_of(&storage.state())?;
     // Some KVMs give their guests the host's TSC, whatever they are asked for.
