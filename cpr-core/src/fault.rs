@@ -8,16 +8,16 @@
 mod strike;
 
 #[cfg(feature = "fault-injection")]
-pub use strike::{Kind, LOG_VARIABLE, Process, VARIABLE, at, pass};
+pub use strike::{Kind, LOG_VARIABLE, Process, Route, VARIABLE, at, pass};
 
 #[cfg(feature = "fault-injection")]
-use strike::{K, N, S, T};
+use strike::{A, K, N, S, T};
 
 #[cfg(not(feature = "fault-injection"))]
 use crate::error::BoxError;
 
-/// Each row: the point, its name, and the process that comes by under each [`Course`](crate::Course): halted, departing,
-/// alongside. `S` source, `K` keeper, `T` target, `N` none. `data`: bytes pass that the other side is to read.
+/// Each row: the point, its name, and the process that comes by on each [`Route`], in the order of these. `S` source, `K`
+/// keeper, `A` asked, `T` target, `N` none. `data`: bytes pass that the other side is to read.
 macro_rules! points {
     ($($(#[doc = $about:literal])+ $point:ident $name:literal [$($process:ident)+] $($data:literal)?;)+) => {
         /// A point of an update, in the order in which an update comes to them.
@@ -46,13 +46,14 @@ macro_rules! points {
                 match self { $(Point::$point => [$($data,)?].contains(&"data")),+ }
             }
 
-            /// The process that comes by, if an update of this course does.
-            pub fn process(self, course: crate::Course) -> Option<Process> {
-                let [halted, departing, alongside] = match self { $(Point::$point => [$($process),+]),+ };
-                match course {
-                    crate::Course::Halted => halted,
-                    crate::Course::Departing => departing,
-                    crate::Course::Alongside => alongside,
+            /// The process that comes by, if an update on this route does.
+            pub fn process(self, route: Route) -> Option<Process> {
+                let [halted, departing, alongside, storage] = match self { $(Point::$point => [$($process),+]),+ };
+                match route {
+                    Route::Halted => halted,
+                    Route::Departing => departing,
+                    Route::Alongside => alongside,
+                    Route::Storage => storage,
                 }
             }
         }
@@ -61,63 +62,79 @@ macro_rules! points {
 
 points! {
     /// Before the mode looks whether the update is possible; the command has not been answered.
-    Check "check" [S S S];
-    /// Subscribers were told `Prepare`, and the mode is about to prepare.
-    Prepare "prepare" [S S S];
+    Check "check" [S S S S];
     /// The source says hello over the cpr channel.
-    Hello "hello" [N N S] "data";
+    Hello "hello" [N N S N] "data";
     /// The target has heard it, and answers.
-    Greet "greet" [N N T] "data";
+    Greet "greet" [N N T N] "data";
+    /// What the program that is asked is to judge is complete.
+    Manifest "manifest" [S S S N] "data";
+    /// It has read that.
+    Judge "judge" [A A T N];
+    /// It gives its verdict.
+    Verdict "verdict" [A A T N] "data";
+    /// Subscribers were told `Prepare`, and the mode is about to prepare.
+    Prepare "prepare" [S S S S];
     /// Monitors were told that the guest stops, which runs yet.
-    Depart "depart" [N S N];
+    Depart "depart" [N S N N];
     /// The early sections are written, and are about to become the target's.
-    Introduce "introduce" [N S S];
+    Introduce "introduce" [N S S N];
     /// The early frame is complete.
-    EarlyFrame "early-frame" [S S S] "data";
+    EarlyFrame "early-frame" [S S S S] "data";
     /// The message that carries the descriptors.
-    Introduction "introduction" [N N S] "data";
+    Introduction "introduction" [N N S N] "data";
     /// The guest stands still, and the threads of its vCPUs rest.
-    Leave "leave" [N S N];
+    Leave "leave" [N S N N];
     /// Just before the exec: the keeper waits for it, descriptors are inheritable.
-    Terminal "terminal" [S S N];
+    Terminal "terminal" [S S N N];
     /// The first thing in the keeper; the guest stands still.
-    Arrive "arrive" [N K N];
+    Arrive "arrive" [N K N N];
     /// The target has what it needs to build, and is waited for.
-    AwaitTarget "await-target" [N K S];
+    AwaitTarget "await-target" [N K S N];
     /// The guest is about to be stopped for the save.
-    Stop "stop" [S K S];
+    Stop "stop" [S K S S];
     /// The guest stands still, and its state is about to be saved.
-    Save "save" [S K S];
+    Save "save" [S K S S];
     /// The state is saved, and the mode is about to hand it over.
-    HandOver "hand-over" [S K S];
+    HandOver "hand-over" [S K S S];
     /// The main frame is complete.
-    MainFrame "main-frame" [S K S] "data";
+    MainFrame "main-frame" [S K S S] "data";
+    /// The frames are in the state file, and RAM is about to follow.
+    Write "write" [N N N S];
+    /// All of the state file is written, and about to be made to last.
+    Sync "sync" [N N N S];
+    /// It has been, and the file is about to get its name.
+    Name "name" [N N N S];
     /// The target was told that the state is there.
-    Published "published" [N K S];
-    /// The ownership word is known to be the target's.
-    Complete "complete" [N K S];
+    Published "published" [N K S N];
+    /// The guest is known to be the target's, or in storage.
+    Complete "complete" [N K S S];
     /// The early frame was read; nothing of it is used yet.
-    Receive "receive" [T T T];
+    Receive "receive" [T T T T];
     /// Everything that came is in the target's hands; under cpr-exec the way back is ready.
-    Received "received" [T T T];
+    Received "received" [T T T T];
     /// Descriptors and early sections are about to be adopted.
-    Adopt "adopt" [T T T];
+    Adopt "adopt" [T T T T];
+    /// RAM that is in the state file is about to be read.
+    Fill "fill" [N N N T];
     /// The machine is built; what it lacks is the state.
-    Built "built" [T T T];
+    Built "built" [T T T T];
     /// The target is about to ask for the state.
-    Load "load" [T T T];
+    Load "load" [T T T T];
     /// It has asked, and waits.
-    Ask "ask" [N T T];
+    Ask "ask" [N T T N];
     /// The main frame was read.
-    Loaded "loaded" [T T T];
+    Loaded "loaded" [T T T T];
     /// The state is restored.
-    Restored "restored" [T T T];
+    Restored "restored" [T T T T];
     /// Right before the ownership word is won.
-    Commit "commit" [T T T];
+    Commit "commit" [T T T T];
     /// The guest runs in the target.
-    Committed "committed" [T T T];
+    Committed "committed" [T T T T];
+    /// The state file is about to be marked: its guest has run on.
+    Mark "mark" [N N N T];
     /// The source or its keeper is gone, as far as the target waits for it.
-    Released "released" [T T T];
+    Released "released" [T T T T];
 }
 
 /// Comes by `point`.

@@ -8,6 +8,7 @@ use std::os::unix::fs::FileExt;
 
 use cpr_core::FdRegistry;
 use cpr_core::error::BoxError;
+use cpr_core::fault::{self, Point};
 use cpr_core::frame::{Frame, FrameWriter};
 use cpr_core::ownership::Epoch;
 use cpr_core::preflight::{Manifest, SectionCatalogue, Verdict};
@@ -53,16 +54,18 @@ pub fn preflight_request() -> Result<Option<PreflightRequest>, ReceiveError> {
 }
 
 impl PreflightRequest {
-    fn read(memfds: Vec<OwnedFd>) -> Result<PreflightRequest, BoxError> {
+    pub(crate) fn read(memfds: Vec<OwnedFd>) -> Result<PreflightRequest, BoxError> {
         let [manifest, verdict] = <[OwnedFd; 2]>::try_from(memfds).map_err(|_| "there are not two memfds")?;
         let mut frame = Frame::read_memfd(manifest)?;
         let main: ChannelWire = frame.require(names::CHANNEL_SECTION, 0)?.decode(1)?;
-        Ok(PreflightRequest {
+        let request = PreflightRequest {
             manifest: Manifest::take_from(&mut frame)?,
             main: main.into(),
             epoch: frame.epoch,
             verdict: verdict.into(),
-        })
+        };
+        fault::at(Point::Judge)?;
+        Ok(request)
     }
 
     /// What the source will hand over.
@@ -84,7 +87,8 @@ impl PreflightRequest {
         let put = verdict.put_into(&mut frame);
         put.and_then(|()| frame.put_value(names::ANSWER_SECTION, 0, 1, &std::process::id()))
             .map_err(io::Error::other)?;
-        self.verdict.write_all_at(&frame.finish(self.epoch), 0)
+        let frame = fault::pass(Point::Verdict, frame.finish(self.epoch)).map_err(io::Error::other)?;
+        self.verdict.write_all_at(&frame, 0)
     }
 }
 

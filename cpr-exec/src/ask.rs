@@ -19,6 +19,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use cpr_core::error::BoxError;
+use cpr_core::fault::{self, Point};
 use cpr_core::frame::{Frame, FrameWriter, HEADER_LEN, Header, sealed_memfd};
 use cpr_core::ownership::Epoch;
 use cpr_core::preflight::{Asked, Manifest, Verdict};
@@ -74,7 +75,8 @@ impl Question<'_> {
         let mut frame = FrameWriter::default();
         with_own_sections(self.manifest, self.keeper).put_into(&mut frame)?;
         frame.put_value(names::CHANNEL_SECTION, 0, 1, &self.main)?;
-        let manifest = sealed_memfd("cpr-manifest", &frame.finish(self.epoch))?;
+        let frame = fault::pass(Point::Manifest, frame.finish(self.epoch))?;
+        let manifest = sealed_memfd("cpr-manifest", &frame)?;
         // Of a fixed size, so that no program fills memory with them.
         let fixed = |name, bytes| Memfd::new(name).len(bytes).seal_size().create().map(File::from);
         let verdict = fixed("cpr-verdict", VERDICT_BYTES)?;

@@ -56,6 +56,9 @@ pub fn mode_info() -> ModeInfo {
 #[cfg(feature = "fuzzing")]
 #[doc(hidden)]
 pub mod fuzzing {
+    use std::os::fd::OwnedFd;
+
+    use cpr_core::error::BoxError;
     use cpr_core::frame::{FrameError, Section};
     use oslib::signals::SignalMask;
 
@@ -66,6 +69,14 @@ pub mod fuzzing {
     pub fn read_process(section: &Section) -> Result<(SignalMask, crate::MainChannel), FrameError> {
         let process: crate::ProcessSection = section.decode(1)?;
         Ok((SignalMask::from_bits(process.signal_mask), process.main.into()))
+    }
+
+    /// Reads the question of a preflight, in the memfds of manifest and verdict.
+    ///
+    /// # Errors
+    /// The manifest's frame is no good one.
+    pub fn read_question(memfds: [OwnedFd; 2]) -> Result<crate::PreflightRequest, BoxError> {
+        crate::PreflightRequest::read(memfds.into())
     }
 }
 

@@ -9,6 +9,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Instant;
 
 use cpr_core::error::BoxError;
+use cpr_core::fault::{self, Point};
 use cpr_core::frame::to_body;
 use cpr_core::{Attempt, CprMode, HandOver, ModeId, Prepared, Properties, Stamp, StateWriter, Wait};
 use oslib::storage::{AtomicFile, is_volatile};
@@ -124,10 +125,12 @@ impl CprReboot {
         let section = self.section(attempt).map_err(|source| self.write_error(source))?;
         state.early.put(FILE_SECTION, 0, 1, to_body(&section))?;
         let epoch = attempt.control.epoch();
+        let early = fault::pass(Point::EarlyFrame, state.early.finish(epoch))?;
+        let main = fault::pass(Point::MainFrame, state.main.finish(epoch))?;
         let mut file = out.file();
         let written = keep_head(&self.path, self.offset, file)
-            .and_then(|()| file.write_all(&state.early.finish(epoch)))
-            .and_then(|()| file.write_all(&state.main.finish(epoch)));
+            .and_then(|()| file.write_all(&early))
+            .and_then(|()| file.write_all(&main));
         Ok(written.map_err(|source| self.write_error(source))?)
     }
 
@@ -135,13 +138,17 @@ impl CprReboot {
         let (Some(out), Some(stream)) = (&self.out, &mut self.stream) else {
             return Err("nothing is being written".into());
         };
+        fault::at(Point::Write)?;
         let written = write_piece(out.file(), stream);
         if !written.map_err(|source| self.write_error(source))? {
             return Ok(HandOver::Wait(Wait { fds: Vec::new(), deadline: Some(Instant::now()) }));
         }
-        let committed =
-            self.out.take().map_or_else(|| Err(io::ErrorKind::NotFound.into()), AtomicFile::commit);
-        let file = committed.map_err(|source| self.write_error(source))?;
+        fault::at(Point::Sync)?;
+        out.sync().map_err(|source| self.write_error(source))?;
+        fault::at(Point::Name)?;
+        let published =
+            self.out.take().map_or_else(|| Err(io::ErrorKind::NotFound.into()), AtomicFile::publish);
+        let file = published.map_err(|source| self.write_error(source))?;
         self.stored.set(&self.path, file, self.in_place);
         attempt.control.timeline().stamp(Stamp::Stored);
         Ok(HandOver::Complete)
@@ -216,6 +223,10 @@ impl CprMode for CprReboot {
 
     fn roll_back(&mut self, _attempt: &Attempt<'_>) {
         (self.out, self.stream) = (None, None);
+        // The guest runs on here: a file that has its name by now is as if it had been taken back from there.
+        if let Err(error) = self.stored.take_back() {
+            tracing::error!("{error}");
+        }
     }
 }
 

@@ -8,6 +8,7 @@ use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
 use cpr_core::error::BoxError;
+use cpr_core::fault::{self, Point};
 use cpr_core::frame::{Frame, FrameError, HEADER_LEN, Header};
 use cpr_core::{Arrival, Control, FdRegistry, MainSource, Stamp};
 use serde::Deserialize;
@@ -72,6 +73,7 @@ impl StateFile {
             Some(section) => section.decode::<FileSection>(1).map_err(frame_error)?,
             None => return Err(foreign(path, early)),
         };
+        fault::at(Point::Receive).map_err(injected)?;
         // Its content is for later, but damage is to be known of now.
         let (main, chunks_at) = read_frame(&file, main_at).map_err(frame_error)?;
         if main.epoch != early.epoch {
@@ -114,6 +116,7 @@ impl StateFile {
             }
         }
         control.timeline().stamp(Stamp::TargetStarted);
+        fault::at(Point::Received).map_err(injected)?;
         let empty = Frame::parse(&cpr_core::frame::FrameWriter::default().finish(self.early.epoch));
         let empty = empty.map_err(|source| FileError::Frame { path: self.path.clone(), source })?;
         let early = std::mem::replace(&mut self.early, empty);
@@ -177,6 +180,7 @@ impl StateFile {
     /// # Errors
     /// [`FileError::Mark`].
     pub fn mark_used(&self) -> Result<(), FileError> {
+        fault::at(Point::Mark).map_err(injected)?;
         if self.stays_outside() { mark_used(&self.path, &self.file) } else { Ok(()) }
     }
 
@@ -294,6 +298,11 @@ fn foreign(path: &Path, mut frame: Frame) -> FileError {
         }
         None => FileError::NoRam { path },
     }
+}
+
+/// A failure on purpose.
+fn injected(error: BoxError) -> FileError {
+    FileError::Setup(io::Error::other(error))
 }
 
 fn damaged(path: &Path, problem: impl Into<String>) -> FileError {

@@ -187,9 +187,9 @@ impl Link {
                 }
                 let mut next = || fds.next().ok_or_else(wrong);
                 let own = Introduction {
-                    early: next()?,
-                    control: next()?,
-                    main: next()?,
+                    early: memfd(next()?)?,
+                    control: memfd(next()?)?,
+                    main: memfd(next()?)?,
                     doorbell: next()?,
                     process: next()?,
                 };
@@ -215,7 +215,11 @@ impl AsFd for Link {
 fn only(fds: Vec<OwnedFd>) -> Result<OwnedFd, PeerError> {
     let found = fds.len();
     let [fd] = <[OwnedFd; 1]>::try_from(fds).map_err(|_| PeerError::Descriptors { expected: 1, found })?;
-    // Reading from anything else could take for ever.
+    memfd(fd)
+}
+
+/// Reading from anything else could take for ever.
+fn memfd(fd: OwnedFd) -> Result<OwnedFd, PeerError> {
     if oslib::memfd::is_memfd(&fd)? { Ok(fd) } else { Err(PeerError::Foreign) }
 }
 

@@ -202,7 +202,8 @@ impl CprTransfer {
         manifest.descriptors.retain(|entry| !self.stays.contains(&entry.name));
         let mut frame = FrameWriter::default();
         manifest.put_into(&mut frame)?;
-        Ok(sealed_memfd("cpr-manifest", &frame.finish(epoch))?)
+        let frame = fault::pass(Point::Manifest, frame.finish(epoch))?;
+        Ok(sealed_memfd("cpr-manifest", &frame)?)
     }
 
     fn parts(&self) -> Result<(&Link, &Target), BoxError> {

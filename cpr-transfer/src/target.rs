@@ -250,10 +250,13 @@ impl Peer {
             }
             (true, Heard::Manifest(frame)) => {
                 let mut frame = Frame::read_memfd(&frame)?;
-                let verdict = judge.0(&Manifest::take_from(&mut frame)?);
+                let manifest = Manifest::take_from(&mut frame)?;
+                fault::at(Point::Judge)?;
+                let verdict = judge.0(&manifest);
                 let mut answer = FrameWriter::default();
                 verdict.put_into(&mut answer)?;
-                self.link.judge(&sealed_memfd("cpr-verdict", &answer.finish(frame.epoch))?)?;
+                let answer = fault::pass(Point::Verdict, answer.finish(frame.epoch))?;
+                self.link.judge(&sealed_memfd("cpr-verdict", &answer)?)?;
                 self.deadline = Instant::now() + patience;
                 Ok(News::Greeted)
             }

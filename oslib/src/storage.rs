@@ -21,7 +21,7 @@ const RAMFS_MAGIC: FsType = FsType(0x8584_58f6);
 
 /// A file that appears under its name at once and whole, or not at all.
 ///
-/// Dropped before [`commit`](Self::commit), it leaves nothing behind. Killed, it leaves nothing where the file system
+/// Dropped before [`publish`](Self::publish), it leaves nothing behind. Killed, it leaves nothing where the file system
 /// knows O_TMPFILE, except in the moment between link and rename; else a file named `.cpr-state-PID-N.tmp`.
 #[derive(Debug)]
 pub struct AtomicFile {
@@ -63,13 +63,20 @@ impl AtomicFile {
         &self.file
     }
 
-    /// Makes what was written last, and gives it its name, in place of whatever has that name.
+    /// Makes what was written last. What is not must not be [published](Self::publish).
     ///
     /// # Errors
-    /// Those of fsync(2), linkat(2) and rename(2). The name is as it was then, or, if only the folder could not be made to
+    /// Those of fsync(2).
+    pub fn sync(&self) -> io::Result<()> {
+        self.file.sync_all()
+    }
+
+    /// Gives the file its name, in place of whatever has that name.
+    ///
+    /// # Errors
+    /// Those of linkat(2), rename(2) and fsync(2). The name is as it was then, or, if only the folder could not be made to
     /// last, belongs to nobody.
-    pub fn commit(mut self) -> io::Result<File> {
-        self.file.sync_all()?;
+    pub fn publish(mut self) -> io::Result<File> {
         if self.temporary.is_none() {
             let name = temporary_name(&self.folder);
             let unnamed = format!("/proc/self/fd/{}", self.file.as_raw_fd());
@@ -173,7 +180,7 @@ mod tests {
 
         let written = AtomicFile::create(&path).unwrap();
         written.file().write_all(b"new").unwrap();
-        let file = written.commit().unwrap();
+        let file = written.publish().unwrap();
         assert_eq!(
             (fs::read(&path).unwrap().as_slice(), names(dir.path())),
             (&b"new"[..], vec!["state".into()])
@@ -194,7 +201,7 @@ mod tests {
         assert_eq!(names(dir.path()).len(), 1);
         // Nothing can be renamed onto a folder.
         fs::create_dir(&path).unwrap();
-        written.commit().unwrap_err();
+        written.publish().unwrap_err();
         assert_eq!(names(dir.path()), ["state"]);
     }
 
@@ -206,7 +213,7 @@ mod tests {
         symlink(at("real"), at("link")).unwrap();
         let written = AtomicFile::create(&at("link")).unwrap();
         written.file().write_all(b"new").unwrap();
-        written.commit().unwrap();
+        written.publish().unwrap();
         assert_eq!(fs::read(at("real")).unwrap(), b"new");
         assert!(fs::symlink_metadata(at("link")).unwrap().is_symlink());
 

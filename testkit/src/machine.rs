@@ -1,5 +1,7 @@
 //! A VM whose guest holds a pattern and counts: what a failure must leave as it was.
 
+use std::path::Path;
+
 use anyhow::{Context, ensure};
 use serde_json::{Value, json};
 
@@ -36,13 +38,26 @@ impl Machine {
         Machine::with_pattern(builder, seed, Guest::usable_bytes)
     }
 
+    /// The same with RAM that is the file `ram`.
+    ///
+    /// # Errors
+    /// It does not come up.
+    pub fn full_in_file(builder: VmmBuilder, ram: &Path, seed: u64) -> anyhow::Result<Machine> {
+        let vmm = builder.start()?;
+        let guest = Guest::attach_file(ram, vmm.cpus().into())?;
+        Machine::of(vmm, guest, seed, Guest::usable_bytes)
+    }
+
     fn with_pattern(builder: VmmBuilder, seed: u64, bytes: fn(&Guest) -> u64) -> anyhow::Result<Machine> {
-        let mut vmm = builder.start()?;
+        let vmm = builder.start()?;
         let guest = vmm.guest()?;
+        Machine::of(vmm, guest, seed, bytes)
+    }
+
+    fn of(mut vmm: Vmm, guest: Guest, seed: u64, bytes: fn(&Guest) -> u64) -> anyhow::Result<Machine> {
         let pattern_bytes = bytes(&guest);
         guest.fill(pattern_bytes, seed)?;
-        let events = json!([{ "capability": "events", "state": true }]);
-        vmm.qmp().execute("migrate-set-capabilities", json!({ "capabilities": events }))?;
+        vmm.set_capability("events")?;
         let mut machine = Machine { beats: vec![0; vmm.cpus().into()], vmm, guest, pattern_bytes, seed };
         machine.look_at_beats()?;
         Ok(machine)

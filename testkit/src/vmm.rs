@@ -456,6 +456,31 @@ impl Vmm {
         info["cpr"]["generation"].as_u64().unwrap_or(0)
     }
 
+    /// Switches a migration capability on.
+    ///
+    /// # Errors
+    /// QMP refuses.
+    pub fn set_capability(&mut self, name: &str) -> anyhow::Result<()> {
+        let list = json!({ "capabilities": [{ "capability": name, "state": true }] });
+        self.qmp().execute("migrate-set-capabilities", list).map(drop)
+    }
+
+    /// Puts the guest into storage by cpr-reboot; gives `query-migrate`.
+    ///
+    /// # Errors
+    /// The guest is not there.
+    pub fn store(&mut self, uri: &str) -> anyhow::Result<Value> {
+        self.qmp().execute("migrate-set-parameters", json!({ "mode": "cpr-reboot" }))?;
+        self.qmp().execute("migrate", json!({ "uri": uri }))?;
+        let info = crate::wait_for("the end of the update", PATIENCE, || {
+            let info = self.qmp().execute("query-migrate", json!({})).ok()?;
+            matches!(info["status"].as_str(), Some("failed" | "cancelled" | "completed")).then_some(info)
+        })?;
+        ensure!(info["status"] == "completed", "{info}");
+        ensure!(self.status()? == "postmigrate");
+        Ok(info)
+    }
+
     /// The run state.
     ///
     /// # Errors

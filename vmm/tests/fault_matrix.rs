@@ -16,8 +16,7 @@ use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, bail, ensure};
-use cpr_core::Course;
-use cpr_core::fault::{Kind, LOG_VARIABLE, Point, Process, VARIABLE};
+use cpr_core::fault::{Kind, LOG_VARIABLE, Point, Process, Route, VARIABLE};
 use serde_json::{Value, json};
 use testkit::process::{self, Census};
 use testkit::{Machine, PATIENCE, QmpFailure, Vmm, VmmBuilder, need_kvm, wait_for};
@@ -28,16 +27,18 @@ enum Mode {
     /// cpr-exec without a keeper.
     Halted,
     Transfer,
+    Reboot,
 }
 
 impl Mode {
-    const ALL: [Mode; 3] = [Mode::Exec, Mode::Halted, Mode::Transfer];
+    const ALL: [Mode; 4] = [Mode::Exec, Mode::Halted, Mode::Transfer, Mode::Reboot];
 
-    fn course(self) -> Course {
+    fn route(self) -> Route {
         match self {
-            Mode::Exec => Course::Departing,
-            Mode::Halted => Course::Halted,
-            Mode::Transfer => Course::Alongside,
+            Mode::Exec => Route::Departing,
+            Mode::Halted => Route::Halted,
+            Mode::Transfer => Route::Alongside,
+            Mode::Reboot => Route::Storage,
         }
     }
 
@@ -46,6 +47,7 @@ impl Mode {
             Mode::Exec => "cpr-exec",
             Mode::Halted => "cpr-exec with x-cpr-exec-keeper=off",
             Mode::Transfer => "cpr-transfer",
+            Mode::Reboot => "cpr-reboot",
         }
     }
 }
@@ -63,6 +65,8 @@ enum Holder {
     /// The same, started again in its process in place of the target.
     Fallback,
     Target,
+    /// No program: the state file, and whoever is started from it.
+    Storage,
 }
 
 impl Holder {
@@ -72,6 +76,7 @@ impl Holder {
             Holder::Keeper => "keeper",
             Holder::Fallback => "fallback",
             Holder::Target => "target",
+            Holder::Storage => "storage",
         }
     }
 }
@@ -120,11 +125,11 @@ impl Expected {
 /// The promise: until the commit, whatever happens to the new program leaves the guest to the old one; and whatever goes
 /// wrong in the old one short of its end leaves it there. After the commit nothing but the end of the target matters.
 fn expected(mode: Mode, point: Point, kind: Kind) -> Expected {
-    let Some(process) = point.process(mode.course()) else { return Expected::Not(Reason::NotThere) };
+    let Some(process) = point.process(mode.route()) else { return Expected::Not(Reason::NotThere) };
     if kind == Kind::Corrupt && !point.carries_data() {
         return Expected::Not(Reason::NoData);
     }
-    if kind == Kind::Error && matches!(point, Point::Committed | Point::Released) {
+    if kind == Kind::Error && point >= Point::Committed {
         return Expected::Not(Reason::CannotFail);
     }
     if kind == Kind::Stall && !is_watched(mode, point) {
@@ -132,6 +137,8 @@ fn expected(mode: Mode, point: Point, kind: Kind) -> Expected {
     }
     match process {
         Process::Source | Process::Keeper => in_the_owner(mode, process, point, kind),
+        // It has touched nothing.
+        Process::Asked => Expected::Runs(Holder::Source),
         Process::Target => in_the_target(mode, point, kind),
     }
 }
@@ -139,22 +146,34 @@ fn expected(mode: Mode, point: Point, kind: Kind) -> Expected {
 /// Whether somebody ends a process that stands still there. Whoever has the guest is watched by nobody: a stall there is
 /// one of a second, after which the update goes on.
 fn is_watched(mode: Mode, point: Point) -> bool {
-    mode != Mode::Halted && point.process(mode.course()) == Some(Process::Target) && point < Point::Committed
+    match point.process(mode.route()) {
+        Some(Process::Asked) => true,
+        Some(Process::Target) => matches!(mode, Mode::Exec | Mode::Transfer) && point < Point::Committed,
+        _ => false,
+    }
 }
 
 fn in_the_owner(mode: Mode, process: Process, point: Point, kind: Kind) -> Expected {
     let owner = if process == Process::Keeper { Holder::Keeper } else { Holder::Source };
     match (kind, point) {
+        (Kind::Panic | Kind::Kill, Point::Complete) if mode == Mode::Reboot => {
+            Expected::Runs(Holder::Storage)
+        }
+        // Nobody else has it yet: the source takes it back, and the file is worth nothing.
+        (Kind::Error, Point::Complete) if mode == Mode::Reboot => Expected::Runs(owner),
         (_, Point::Complete) => Expected::Runs(Holder::Target),
         (Kind::Error, Point::Published) => Expected::TargetOr(owner),
         // The target has all that it needs.
         (_, Point::Published) => Expected::Runs(Holder::Target),
         (Kind::Panic | Kind::Kill, _) => Expected::Lost,
+        // Nobody has touched anything yet.
+        (Kind::Corrupt, Point::Manifest) => Expected::Runs(owner),
         // The source has left its process by the time that the target reads it, or, without a keeper, altogether.
         (Kind::Corrupt, _) => match mode {
             Mode::Exec => Expected::Runs(Holder::Keeper),
             Mode::Halted => Expected::Lost,
-            Mode::Transfer => Expected::Runs(Holder::Source),
+            // The target finds it before it has touched anything.
+            Mode::Transfer | Mode::Reboot => Expected::Runs(Holder::Source),
         },
         _ => Expected::Runs(owner),
     }
@@ -165,6 +184,7 @@ fn in_the_target(mode: Mode, point: Point, kind: Kind) -> Expected {
         _ if point >= Point::Committed => Expected::Lost,
         Mode::Halted => Expected::Lost,
         Mode::Transfer => Expected::Runs(Holder::Source),
+        Mode::Reboot => Expected::Runs(Holder::Storage),
         // A process that is gone, or that has not made the way back ready, cannot go it.
         Mode::Exec if kind == Kind::Kill || point == Point::Receive => Expected::Runs(Holder::Keeper),
         Mode::Exec => Expected::Runs(Holder::Fallback),
@@ -182,9 +202,10 @@ fn table(mode: Mode, cell: impl Fn(Point, Kind) -> String) -> String {
     KINDS.iter().for_each(|kind| write!(text, " {} |", kind.name()).expect("a string takes it"));
     text.push_str("\n|---|---|---|---|---|---|---|\n");
     for &point in Point::ALL {
-        let process = match point.process(mode.course()) {
+        let process = match point.process(mode.route()) {
             Some(Process::Source) => "source",
             Some(Process::Keeper) => "keeper",
+            Some(Process::Asked) => "asked",
             Some(Process::Target) => "target",
             None => "",
         };
@@ -240,6 +261,8 @@ struct Cell {
     process: Process,
     log: PathBuf,
     _folder: tempfile::TempDir,
+    /// Where a guest rests.
+    storage: tempfile::TempDir,
 }
 
 /// How the update went, as far as the source's monitor tells.
@@ -254,9 +277,11 @@ enum End {
 
 impl Cell {
     fn new(mode: Mode, point: Point, kind: Kind) -> anyhow::Result<Option<Cell>> {
-        let Some(process) = point.process(mode.course()) else { return Ok(None) };
+        let Some(process) = point.process(mode.route()) else { return Ok(None) };
         let folder = tempfile::tempdir()?;
-        Ok(Some(Cell { mode, point, kind, process, log: folder.path().join("log"), _folder: folder }))
+        let log = folder.path().join("log");
+        let storage = tempfile::tempdir_in("/dev/shm")?;
+        Ok(Some(Cell { mode, point, kind, process, log, _folder: folder, storage }))
     }
 
     /// As the environment spells it: a stall that nobody would end is a pause.
@@ -275,15 +300,21 @@ impl Cell {
         let cpus = if many && self.kind == Kind::Error { 2 } else { 1 };
         let builder = VmmBuilder::new().cpus(cpus).args(&["-append", &format!("cpus={cpus}")]);
         let builder = builder.env(LOG_VARIABLE, &self.log);
+        let builder = if self.mode == Mode::Reboot { self.with_ram_in_file(builder) } else { builder };
         if struck { builder.env(VARIABLE, self.fault()) } else { builder }
     }
 
     fn run(&self) -> anyhow::Result<Expected> {
-        let mut machine = Machine::full(self.builder(self.process != Process::Target), 11)?;
+        let builder = self.builder(matches!(self.process, Process::Source | Process::Keeper));
+        let mut machine = match self.mode {
+            Mode::Reboot => Machine::full_in_file(builder, &self.ram(), 11)?,
+            _ => Machine::full(builder, 11)?,
+        };
         let before = Census::of(machine.vmm.pid())?;
         let seen = match self.mode {
             Mode::Exec | Mode::Halted => self.exec(&mut machine, &before)?,
             Mode::Transfer => self.transfer(&mut machine, &before)?,
+            Mode::Reboot => self.storage(&mut machine, &before)?,
         };
         self.has_struck()?;
         let Expected::Runs(holder) = seen else { return Ok(seen) };
@@ -303,7 +334,8 @@ impl Cell {
         if is_watched(self.mode, self.point) && self.kind == Kind::Stall {
             machine.set("cpr-exec-timeout", json!(4000))?;
         }
-        let struck = (self.process == Process::Target).then(|| self.fault());
+        let is_new = matches!(self.process, Process::Asked | Process::Target);
+        let struck = is_new.then(|| self.fault());
         machine.vmm.set_exec(&exec_command(&machine.vmm, struck.as_deref()))?;
         let mut end = migrate(machine, json!({ "uri": "memfd:" }))?;
         if self.point == Point::Released {
@@ -401,15 +433,113 @@ impl Cell {
         }
     }
 
+    fn ram(&self) -> PathBuf {
+        self.storage.path().join("ram")
+    }
+
+    fn state_file(&self) -> PathBuf {
+        self.storage.path().join("state")
+    }
+
+    fn uri(&self) -> String {
+        format!("file:{}", self.state_file().display())
+    }
+
+    fn with_ram_in_file(&self, builder: VmmBuilder) -> VmmBuilder {
+        let ram = self.ram();
+        let ram = format!("memory-backend-file,id=ram0,size=64M,share=on,mem-path={}", ram.display());
+        builder.memory_args(&["-object", &ram, "-machine", "memory-backend=ram0"])
+    }
+
+    /// To storage, as it should be.
+    fn store(&self, machine: &mut Machine) -> anyhow::Result<()> {
+        machine.vmm.set_capability("x-ignore-shared")?;
+        machine.vmm.store(&self.uri()).map(drop)
+    }
+
+    /// Puts the guest into storage with its RAM in place, and goes on with it from there.
+    fn storage(&self, machine: &mut Machine, before: &Census) -> anyhow::Result<Expected> {
+        machine.vmm.set_capability("x-ignore-shared")?;
+        machine.set("mode", json!("cpr-reboot"))?;
+        let end = migrate(machine, json!({ "uri": self.uri() }))?;
+        match &end {
+            End::Failed(error) | End::Refused(error) => {
+                self.is_told(error)?;
+                let runner = machine.runner()?;
+                self.is_whole(machine, runner, before)?;
+                self.nothing_can_be_started()?;
+                return Ok(Expected::Runs(Holder::Source));
+            }
+            End::Gone => {
+                let ended = || machine.vmm.processes().is_empty().then_some(());
+                wait_for("the end of every process", PATIENCE, ended)?;
+                machine.stands_still()?;
+                if !self.state_file().exists() {
+                    self.nothing_can_be_started()?;
+                    return Ok(Expected::Lost);
+                }
+            }
+            End::Completed => machine.stands_still()?,
+        }
+        let state = fs::read(self.state_file())?;
+        let struck = self.process == Process::Target;
+        let builder = || self.builder(struck).incoming(&self.uri());
+        let mut target = builder().spawn()?;
+        if goes_on(&mut target)? {
+            let source = std::mem::replace(&mut machine.vmm, target);
+            if let End::Completed = end {
+                source.quit()?;
+            }
+            let runner = machine.runner()?;
+            self.is_whole(machine, runner, &Census::of(runner)?)?;
+            let is_update = matches!(end, End::Completed);
+            return Ok(Expected::Runs(if is_update { Holder::Target } else { Holder::Storage }));
+        }
+        target.wait_exit()?;
+        if self.point >= Point::Committed {
+            machine.stands_still()?;
+            return Ok(Expected::Lost);
+        }
+        if self.kind != Kind::Kill {
+            self.is_told(&target.stderr())?;
+        }
+        ensure!(fs::read(self.state_file())? == state, "a program that failed changed the state file");
+        if !struck {
+            // The file is no good. Whoever has not ended the source yet, has the guest.
+            machine.vmm.qmp().execute("cont", json!({}))?;
+            let runner = machine.runner()?;
+            self.is_whole(machine, runner, before)?;
+            self.nothing_can_be_started()?;
+            return Ok(Expected::Runs(Holder::Source));
+        }
+        let again = self.builder(false).incoming(&self.uri()).start()?;
+        std::mem::replace(&mut machine.vmm, again).quit()?;
+        machine.runner()?;
+        machine.verify()?;
+        Ok(Expected::Runs(Holder::Storage))
+    }
+
+    /// No half file is left, nor a whole one that a second guest could be started from.
+    fn nothing_can_be_started(&self) -> anyhow::Result<()> {
+        if let Ok(state) = fs::read(self.state_file()) {
+            ensure!(state.ends_with(b"CPR-USED"), "the state file is not marked as used");
+        }
+        for entry in fs::read_dir(self.storage.path())? {
+            let path = entry?.path();
+            ensure!([self.ram(), self.state_file()].contains(&path), "{} is left", path.display());
+        }
+        Ok(())
+    }
+
     /// One that was given nothing waits for another source; any other ends.
     fn target_is_left(&self, mut target: Vmm) -> anyhow::Result<()> {
         let lives = match self.process {
             Process::Target => match self.kind {
                 Kind::Error | Kind::Corrupt => waits_on(self.point),
-                Kind::Stall => self.point == Point::Greet,
+                Kind::Stall => matches!(self.point, Point::Greet | Point::Judge | Point::Verdict),
                 _ => false,
             },
-            Process::Source | Process::Keeper => waits_on(self.point),
+            _ => waits_on(self.point),
         };
         if lives && self.kind == Kind::Stall {
             // And it still does: it is its user's to end.
@@ -453,7 +583,7 @@ impl Cell {
             Kind::Kill => {
                 &["was killed by signal 9", "the target ended before it took over", "closed the connection"]
             }
-            Kind::Stall => &["no progress for", "said nothing for"],
+            Kind::Stall => &["no progress for", "said nothing for", "gave no verdict within"],
             Kind::Corrupt => &["is damaged", "descriptors in place of", "speaks version"],
             other => bail!("{other:?} has no column"),
         };
@@ -467,7 +597,11 @@ impl Cell {
     /// Whoever has the guest is well: another update, of the same mode, and an orderly end.
     fn next_update(&self, mut machine: Machine, holder: Holder) -> anyhow::Result<()> {
         let what = || format!("the next update of the {}", holder.name());
-        if self.mode == Mode::Transfer {
+        if self.mode == Mode::Reboot {
+            self.store(&mut machine).with_context(what)?;
+            machine.vmm.quit()?;
+            machine.vmm = self.builder(false).incoming(&self.uri()).start().with_context(what)?;
+        } else if self.mode == Mode::Transfer {
             let builder = self.builder(false);
             let mut next = builder.target("unix:main.sock").start()?;
             machine.vmm.transfer(&mut next).with_context(what)?;
@@ -483,6 +617,16 @@ impl Cell {
         machine.vmm.qmp().execute("quit", json!({}))?;
         wait_for("the end of every process", PATIENCE, || machine.vmm.processes().is_empty().then_some(()))
     }
+}
+
+/// Whether a program that is started from storage comes to run its guest.
+fn goes_on(target: &mut Vmm) -> anyhow::Result<bool> {
+    let listens = wait_for("the program or its end", PATIENCE, || {
+        let listens = target.path("qmp").exists();
+        (listens || target.processes().is_empty()).then_some(listens)
+    })?;
+    // It answers once it has the guest, or never.
+    Ok(listens && target.connect().is_ok() && target.status().is_ok_and(|status| status == "running"))
 }
 
 /// The command of an update to a program that this fault strikes, or none.
@@ -655,4 +799,5 @@ columns! {
     exec Mode::Exec;
     exec_without_keeper Mode::Halted;
     transfer Mode::Transfer;
+    reboot Mode::Reboot;
 }

@@ -41,8 +41,7 @@ impl Machine {
         let mut vmm = builder.start()?;
         let guest = vmm.guest()?;
         guest.fill(PATTERN_BYTES, 3)?;
-        let events = json!([{ "capability": "events", "state": true }]);
-        vmm.qmp().execute("migrate-set-capabilities", json!({ "capabilities": events }))?;
+        vmm.set_capability("events")?;
         Ok(Machine { vmm, guest })
     }
 

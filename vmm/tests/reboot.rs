@@ -62,6 +62,21 @@ impl Storage {
         Guest::attach_file(&self.at("ram"), cpus.into())
     }
 
+    /// This machine with a guest whose RAM is filled.
+    fn filled(&self, cpus: u8) -> anyhow::Result<(Vmm, Guest)> {
+        let vmm = self.machine(cpus).start()?;
+        let guest = self.guest(cpus)?;
+        guest.fill(FILLED, SEED)?;
+        Ok((vmm, guest))
+    }
+
+    /// Puts a guest of this machine into storage, with its RAM in place, and ends its program.
+    fn rest(&self, mut vmm: Vmm) -> anyhow::Result<()> {
+        vmm.set_capability("x-ignore-shared")?;
+        vmm.store(&self.uri())?;
+        vmm.quit()
+    }
+
     /// The same machine, to go on with the guest.
     fn wake(&self, cpus: u8) -> anyhow::Result<Vmm> {
         self.machine(cpus).incoming(&self.uri()).start()
@@ -78,9 +93,12 @@ fn memfd(share: bool) -> String {
     format!("memory-backend-memfd,id=ram0,size={RAM},share={}", if share { "on" } else { "off" })
 }
 
-fn set(vmm: &mut Vmm, capability: &str) -> anyhow::Result<()> {
-    let list = json!({ "capabilities": [{ "capability": capability, "state": true }] });
-    vmm.qmp().execute("migrate-set-capabilities", list).map(drop)
+/// A machine with RAM that ends with its program, filled.
+fn filled(cpus: u8) -> anyhow::Result<(Vmm, Guest)> {
+    let vmm = machine(cpus, &memfd(true)).start()?;
+    let guest = vmm.guest()?;
+    guest.fill(FILLED, SEED)?;
+    Ok((vmm, guest))
 }
 
 fn set_mode(vmm: &mut Vmm) -> anyhow::Result<()> {
@@ -89,19 +107,6 @@ fn set_mode(vmm: &mut Vmm) -> anyhow::Result<()> {
 
 fn query(vmm: &mut Vmm) -> anyhow::Result<Value> {
     vmm.qmp().execute("query-migrate", json!({}))
-}
-
-/// Puts the guest into storage.
-fn store(vmm: &mut Vmm, uri: &str) -> anyhow::Result<Value> {
-    set_mode(vmm)?;
-    vmm.qmp().execute("migrate", json!({ "uri": uri }))?;
-    let info = wait_for("the end of the update", PATIENCE, || {
-        let info = query(vmm).ok()?;
-        matches!(info["status"].as_str(), Some("failed" | "cancelled" | "completed")).then_some(info)
-    })?;
-    ensure!(info["status"] == "completed", "{info}");
-    ensure!(vmm.status()? == "postmigrate");
-    Ok(info)
 }
 
 /// Starts it, expecting it to end with this reason.
@@ -130,14 +135,12 @@ fn names(events: &[Value]) -> Vec<String> {
 
 /// Stores a guest whose RAM stays in its file, and goes on with it, several times.
 fn rests_in_place(storage: &Storage, cpus: u8) -> anyhow::Result<()> {
-    let mut vmm = storage.machine(cpus).start()?;
-    let guest = storage.guest(cpus)?;
-    guest.fill(FILLED, SEED)?;
+    let (mut vmm, guest) = storage.filled(cpus)?;
     for generation in 1..=2 {
-        set(&mut vmm, "events")?;
-        set(&mut vmm, "x-ignore-shared")?;
+        vmm.set_capability("events")?;
+        vmm.set_capability("x-ignore-shared")?;
         vmm.qmp().take_events();
-        let info = store(&mut vmm, &storage.uri())?;
+        let info = vmm.store(&storage.uri())?;
         let phases: Vec<_> =
             info["cpr"]["phases"].as_array().into_iter().flatten().map(|p| &p["name"]).collect();
         ensure!(phases == ["stop", "save", "store"] && info.get("total-time").is_some(), "{info}");
@@ -185,10 +188,8 @@ fn ram_is_copied_from_shared_and_from_private_memory() -> anyhow::Result<()> {
     let _alone = alone();
     let storage = Storage::new()?;
     let wake = |ram: &str| machine(2, ram).incoming(&storage.uri()).start();
-    let mut vmm = machine(2, &memfd(true)).start()?;
-    let guest = vmm.guest()?;
-    guest.fill(FILLED, SEED)?;
-    store(&mut vmm, &storage.uri())?;
+    let (mut vmm, _) = filled(2)?;
+    vmm.store(&storage.uri())?;
     let len = storage.state().metadata()?.len();
     ensure!((FILLED..FILLED + (16 << 20)).contains(&len), "{len}");
     vmm.quit()?;
@@ -196,14 +197,14 @@ fn ram_is_copied_from_shared_and_from_private_memory() -> anyhow::Result<()> {
     let mut vmm = wake(&memfd(false))?;
     ensure!(vmm.status()? == "running");
     std::thread::sleep(Duration::from_millis(50));
-    store(&mut vmm, &storage.uri())?;
+    vmm.store(&storage.uri())?;
     vmm.quit()?;
     // A file that was something else before is the guest's RAM afterwards.
     std::fs::write(storage.at("ram"), vec![0xa5; RAM as usize])?;
     let mut vmm = storage.wake(2)?;
     let guest = storage.guest(2)?;
     goes_on(&mut vmm, &guest, 2)?;
-    store(&mut vmm, &storage.uri())?;
+    vmm.store(&storage.uri())?;
     vmm.quit()?;
     // A copy can be used again and again.
     for _ in 0..2 {
@@ -230,9 +231,7 @@ fn a_paused_guest_stays_paused_with_its_serial_input() -> anyhow::Result<()> {
     let typed = "x".repeat(40) + &"y".repeat(60);
     console.type_keys(&typed)?;
     std::thread::sleep(Duration::from_millis(50));
-    set(&mut vmm, "x-ignore-shared")?;
-    store(&mut vmm, &storage.uri())?;
-    vmm.quit()?;
+    storage.rest(vmm)?;
     let (stdio, mut console): (_, Console) = pipes()?;
     let mut vmm = storage.machine(1).args(&["-serial", "stdio"]).incoming("defer").stdio(stdio).start()?;
     ensure!(vmm.status()? == "inmigrate");
@@ -252,12 +251,8 @@ fn defer_takes_the_mode_and_another_try() -> anyhow::Result<()> {
     need_kvm!();
     let _alone = alone();
     let storage = Storage::new()?;
-    let mut vmm = storage.machine(1).start()?;
-    let guest = storage.guest(1)?;
-    guest.fill(FILLED, SEED)?;
-    set(&mut vmm, "x-ignore-shared")?;
-    store(&mut vmm, &storage.uri())?;
-    vmm.quit()?;
+    let (vmm, guest) = storage.filled(1)?;
+    storage.rest(vmm)?;
     let mut vmm = storage.machine(1).incoming("defer").start()?;
     let uri = storage.uri();
     let refused = |vmm: &mut Vmm, uri: &str| -> anyhow::Result<String> {
@@ -284,11 +279,9 @@ fn the_source_takes_its_guest_back_unless_another_has_it() -> anyhow::Result<()>
     need_kvm!();
     let _alone = alone();
     let storage = Storage::new()?;
-    let mut source = storage.machine(1).start()?;
-    let guest = storage.guest(1)?;
-    guest.fill(FILLED, SEED)?;
-    set(&mut source, "x-ignore-shared")?;
-    store(&mut source, &storage.uri())?;
+    let (mut source, guest) = storage.filled(1)?;
+    source.set_capability("x-ignore-shared")?;
+    source.store(&storage.uri())?;
     for (command, arguments) in [("system_reset", json!({})), ("migrate", json!({ "uri": "file:x" }))] {
         let text = source.qmp().refused(command, arguments)?.desc;
         ensure!(text.contains("the guest is in storage"), "{text}");
@@ -298,7 +291,7 @@ fn the_source_takes_its_guest_back_unless_another_has_it() -> anyhow::Result<()>
     // What is in the file is of a guest that has run on.
     refuses(storage.machine(1).incoming(&storage.uri()), "was used already: the guest has run on since")?;
     goes_on(&mut source, &guest, 1)?;
-    store(&mut source, &storage.uri())?;
+    source.store(&storage.uri())?;
     let mut target = storage.wake(1)?;
     let text = source.qmp().refused("cont", json!({}))?.desc;
     ensure!(text.contains("was used already"), "{text}");
@@ -315,9 +308,7 @@ fn what_would_not_survive_is_refused_at_once() -> anyhow::Result<()> {
     need_kvm!();
     let _alone = alone();
     let storage = Storage::new()?;
-    let mut vmm = machine(1, &memfd(true)).start()?;
-    let guest = vmm.guest()?;
-    guest.fill(FILLED, SEED)?;
+    let (mut vmm, guest) = filled(1)?;
     set_mode(&mut vmm)?;
     let refused = |vmm: &mut Vmm, uri: &str| -> anyhow::Result<String> {
         let text = vmm.qmp().refused("migrate", json!({ "uri": uri }))?.desc;
@@ -332,19 +323,17 @@ fn what_would_not_survive_is_refused_at_once() -> anyhow::Result<()> {
     ensure!(refused(&mut vmm, &folder)?.contains("Is a directory"));
     ensure!(refused(&mut vmm, "file:/dev/full")?.contains("no regular file"));
     ensure!(refused(&mut vmm, "file:none/vm.state")?.contains("No such file or directory"));
-    set(&mut vmm, "x-ignore-shared")?;
+    vmm.set_capability("x-ignore-shared")?;
     let text = refused(&mut vmm, &storage.uri())?;
     ensure!(text.contains("Memory region ram0 is shared memory without a file"), "{text}");
     ensure!(query(&mut vmm)?["blocked-reasons"][0].as_str().is_some_and(|text| text.contains("ram0")));
     goes_on(&mut vmm, &guest, 1)?;
     vmm.quit()?;
     // A file that has lost its name ends with the process, too.
-    let mut vmm = storage.machine(1).start()?;
-    let guest = storage.guest(1)?;
-    guest.fill(FILLED, SEED)?;
+    let (mut vmm, guest) = storage.filled(1)?;
     std::fs::remove_file(storage.at("ram"))?;
     set_mode(&mut vmm)?;
-    set(&mut vmm, "x-ignore-shared")?;
+    vmm.set_capability("x-ignore-shared")?;
     ensure!(refused(&mut vmm, &storage.uri())?.contains("ram0"));
     ensure!(!storage.state().exists());
     goes_on(&mut vmm, &guest, 1)?;
@@ -407,9 +396,7 @@ fn other_machines_and_other_files_are_refused() -> anyhow::Result<()> {
     need_kvm!();
     let _alone = alone();
     let storage = Storage::new()?;
-    let mut vmm = storage.machine(1).start()?;
-    let guest = storage.guest(1)?;
-    guest.fill(FILLED, SEED)?;
+    let (mut vmm, guest) = storage.filled(1)?;
     // The state of an exec has no RAM.
     vmm.update_by_file()?;
     let exec_state = std::fs::read_dir(vmm.path(""))?
@@ -421,9 +408,7 @@ fn other_machines_and_other_files_are_refused() -> anyhow::Result<()> {
     let incoming = format!("file:{}", storage.at("exec.state").display());
     refuses(storage.machine(1).incoming(&incoming), "cpr-exec is such a mode")?;
 
-    set(&mut vmm, "x-ignore-shared")?;
-    store(&mut vmm, &storage.uri())?;
-    vmm.quit()?;
+    storage.rest(vmm)?;
     let uri = storage.uri();
     let refused = |builder: VmmBuilder, reason: &str| refuses(builder.incoming(&uri), reason);
     refused(storage.machine(2), "the guest has 1 vCPUs, the command line says 2")?;
@@ -458,9 +443,8 @@ fn damaged_ram_is_found_before_the_guest_runs() -> anyhow::Result<()> {
     need_kvm!();
     let _alone = alone();
     let storage = Storage::new()?;
-    let mut vmm = machine(1, &memfd(true)).start()?;
-    vmm.guest()?.fill(FILLED, SEED)?;
-    store(&mut vmm, &storage.uri())?;
+    let (mut vmm, _) = filled(1)?;
+    vmm.store(&storage.uri())?;
     vmm.quit()?;
     let mut bytes = std::fs::read(storage.state())?;
     let middle = bytes.len() / 2;
@@ -524,12 +508,8 @@ fn the_guests_time_goes_on_under_another_kernel() -> anyhow::Result<()> {
     let _alone = alone();
     const HOUR: f64 = 3600.0;
     let storage = Storage::new()?;
-    let mut vmm = storage.machine(2).start()?;
-    let guest = storage.guest(2)?;
-    guest.fill(FILLED, SEED)?;
-    set(&mut vmm, "x-ignore-shared")?;
-    store(&mut vmm, &storage.uri())?;
-    vmm.quit()?;
+    let (vmm, guest) = storage.filled(2)?;
+    storage.rest(vmm)?;
     let (before, vm_before, vcpus) = time_of(&storage.state())?;
     // Some KVMs give their guests the host's TSC, whatever they are asked for.
     let has_tsc = vcpus[0].tsc_offset != Some(0);
@@ -539,9 +519,7 @@ fn the_guests_time_goes_on_under_another_kernel() -> anyhow::Result<()> {
     of_another_boot(&storage.state(), (hz * HOUR) as u64, 3600 * 1_000_000_000)?;
     let mut vmm = storage.wake(2)?;
     goes_on(&mut vmm, &guest, 2)?;
-    set(&mut vmm, "x-ignore-shared")?;
-    store(&mut vmm, &storage.uri())?;
-    vmm.quit()?;
+    storage.rest(vmm)?;
     // What was recorded, and what passed by the wall clock; not what this host's counters say.
     let (after, vm_after, vcpus) = time_of(&storage.state())?;
     for (vcpu, (before, after)) in before.vcpus.iter().zip(&after.vcpus).enumerate().filter(|_| has_tsc) {

@@ -73,19 +73,14 @@ fn names(events: &[Value]) -> Vec<String> {
         .collect()
 }
 
-fn with_events(vmm: &mut Vmm) -> anyhow::Result<()> {
-    let events = json!({ "capabilities": [{ "capability": "events", "state": true }] });
-    vmm.qmp().execute("migrate-set-capabilities", events).map(drop)
-}
-
 #[test]
 fn a_guest_moves_and_beats_on() -> anyhow::Result<()> {
     need_kvm!();
     let _alone = alone();
     let (mut source, guest) = start(1)?;
     let mut target = target(1)?;
-    with_events(&mut source)?;
-    with_events(&mut target)?;
+    source.set_capability("events")?;
+    target.set_capability("events")?;
     // The target answers while it waits, and refuses what needs the guest.
     ensure!(target.status()? == "inmigrate");
     for command in ["cont", "system_reset"] {

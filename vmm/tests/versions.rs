@@ -3,7 +3,7 @@
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, ensure};
-use cpr_core::frame::{Frame, Section};
+use cpr_core::frame::{Frame, Header, Section};
 use serde_json::{Value, json};
 use testkit::{Guest, PATIENCE, Vmm, VmmBuilder, binary, need_kvm, wait_for};
 
@@ -192,6 +192,123 @@ fn a_guest_goes_up_by_transfer() -> anyhow::Result<()> {
         machine.exec(Current)?
     })?;
     machine.vmm.quit()
+}
+
+/// A guest that rests in files, in turn under programs of the two releases.
+struct Resting {
+    vmm: Vmm,
+    /// Outlives every program.
+    folder: tempfile::TempDir,
+    files: u32,
+}
+
+/// What the release before says of a state file that it does not read.
+const FILE_REFUSAL: &str = "state section 'cpr-vmm/machine' has version 2; this program reads version 1";
+
+impl Resting {
+    /// Starts it, with its RAM in a file.
+    fn start(release: Release) -> anyhow::Result<Resting> {
+        let folder = tempfile::tempdir()?;
+        let vmm = Resting::machine(release, folder.path()).start()?;
+        let resting = Resting { vmm, folder, files: 0 };
+        resting.guest()?.fill(FILLED, SEED)?;
+        Ok(resting)
+    }
+
+    fn machine(release: Release, folder: &Path) -> VmmBuilder {
+        let ram = folder.join("ram");
+        let ram = format!("memory-backend-file,id=ram0,size=64M,share=on,mem-path={}", ram.display());
+        release.machine().memory_args(&["-object", &ram, "-machine", "memory-backend=ram0"])
+    }
+
+    fn guest(&self) -> anyhow::Result<Guest> {
+        Guest::attach_file(&self.folder.path().join("ram"), 1)
+    }
+
+    /// Ends the program, with its guest in a file: with its RAM, or beside it.
+    fn store(&mut self, in_place: bool) -> anyhow::Result<PathBuf> {
+        self.files += 1;
+        let file = self.folder.path().join(format!("state{}", self.files));
+        if in_place {
+            self.vmm.set_capability("x-ignore-shared")?;
+        }
+        self.vmm.store(&format!("file:{}", file.display()))?;
+        Ok(file)
+    }
+
+    /// A program of `release` is to go on from `file`.
+    fn woken(&self, release: Release, file: &Path) -> VmmBuilder {
+        Resting::machine(release, self.folder.path()).incoming(&format!("file:{}", file.display()))
+    }
+
+    /// It does, from where the guest was.
+    fn goes_on(&mut self, release: Release, file: &Path) -> anyhow::Result<()> {
+        let beats = self.guest()?.vcpu(0).beats();
+        let woken = self.woken(release, file).start()?;
+        std::mem::replace(&mut self.vmm, woken).quit()?;
+        let guest = self.guest()?;
+        ensure!(guest.vcpu(0).beats() >= beats, "the guest went back from {beats}");
+        ensure!(self.vmm.status()? == "running");
+        guest.beats_on(0)?;
+        guest.verify(FILLED, SEED)
+    }
+
+    /// Its main frame.
+    fn main_frame(file: &Path) -> anyhow::Result<Frame> {
+        let bytes = std::fs::read(file)?;
+        let (_, rest) = bytes.split_at(usize::try_from(Header::parse(&bytes)?.total_len)?);
+        Ok(Frame::parse(&rest[..usize::try_from(Header::parse(rest)?.total_len)?])?)
+    }
+
+    /// Updates the running program by cpr-exec, for which it is asked what it reads.
+    fn exec(&mut self, release: Release) -> anyhow::Result<()> {
+        let command = self.vmm.exec_command_of(&release.program(), "memfd:");
+        self.vmm.set_exec(&command)?;
+        self.vmm.migrate("memfd:").map(drop)
+    }
+}
+
+#[test]
+fn a_guest_goes_up_by_a_file_and_keeps_its_machine() -> anyhow::Result<()> {
+    need_kvm!();
+    for in_place in [false, true] {
+        let mut resting = Resting::start(Previous)?;
+        for release in [Previous, Current] {
+            let file = resting.store(in_place)?;
+            is_written_by(Previous, &mut Resting::main_frame(&file)?)?;
+            resting.goes_on(release, &file)?;
+        }
+        let file = resting.store(in_place)?;
+        is_written_by(Current, &mut Resting::main_frame(&file)?)?;
+        resting.goes_on(Current, &file)?;
+        resting.vmm.quit()?;
+    }
+    Ok(())
+}
+
+/// Nobody is asked what he reads when a file is written: one of this release goes to this release. Who wants the one before has
+/// it write the file.
+#[test]
+fn a_guest_goes_down_by_a_file_that_the_release_before_writes() -> anyhow::Result<()> {
+    need_kvm!();
+    let mut resting = Resting::start(Current)?;
+    let file = resting.store(true)?;
+    let before = std::fs::read(&file)?;
+    let mut refusing = resting.woken(Previous, &file).spawn()?;
+    ensure!(
+        refusing.wait_exit()? == Some(1) && refusing.stderr().contains(FILE_REFUSAL),
+        "{}",
+        refusing.stderr()
+    );
+    ensure!(std::fs::read(&file)? == before, "a refused file is as it was");
+    resting.goes_on(Current, &file)?;
+    resting.exec(Previous)?;
+    let file = resting.store(true)?;
+    is_written_by(Previous, &mut Resting::main_frame(&file)?)?;
+    resting.goes_on(Previous, &file)?;
+    let file = resting.store(true)?;
+    resting.goes_on(Current, &file)?;
+    resting.vmm.quit()
 }
 
 /// What a program says of a section that only the next release knows.

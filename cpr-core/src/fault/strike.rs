@@ -18,6 +18,19 @@ pub const VARIABLE: &str = "CPR_TEST_FAULT";
 /// A file that gets a line for each time that it did.
 pub const LOG_VARIABLE: &str = "CPR_TEST_FAULT_LOG";
 
+/// The way that an update goes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Route {
+    /// To a program that takes the source's place: [`Course::Halted`](crate::Course::Halted).
+    Halted,
+    /// [`Course::Departing`](crate::Course::Departing).
+    Departing,
+    /// [`Course::Alongside`](crate::Course::Alongside).
+    Alongside,
+    /// To storage, and later from there: [`Course::Halted`](crate::Course::Halted), too.
+    Storage,
+}
+
 /// A process of an update.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Process {
@@ -25,12 +38,15 @@ pub enum Process {
     Source,
     /// The same in the process that it has departed to.
     Keeper,
+    /// A program that is asked beforehand, and is no target.
+    Asked,
     /// The program after the update.
     Target,
 }
 
 pub(super) const S: Option<Process> = Some(Process::Source);
 pub(super) const K: Option<Process> = Some(Process::Keeper);
+pub(super) const A: Option<Process> = Some(Process::Asked);
 pub(super) const T: Option<Process> = Some(Process::Target);
 pub(super) const N: Option<Process> = None;
 

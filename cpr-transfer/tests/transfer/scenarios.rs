@@ -8,6 +8,7 @@ use std::time::Duration;
 
 use cpr_core::{GuestActivity, Outcome, TargetPhase, UpdateError};
 use cpr_transfer::{CprTransfer, Endpoint, ListenError, Listener, VERSION};
+use oslib::eventfd::EventFd;
 use oslib::pidfd::PidFd;
 
 use crate::machine::Machine;
@@ -272,14 +273,21 @@ fn peers_that_are_no_sources() {
     told(stream, "0 descriptors in place of 5");
     // Lists that do not agree with what comes, after a good beginning.
     let null = std::fs::File::open("/dev/null").unwrap();
+    let foreign = "the peer speaks another protocol";
     for (announced, sent, reason) in
-        [(3, 7, "7 descriptors in place of 8"), (1, 7, "7 descriptors in place of 6"), (0, 5, "")]
+        [(3, 7, "7 descriptors in place of 8"), (1, 7, "7 descriptors in place of 6"), (0, 5, foreign)]
     {
         let stream = connect();
         say(&stream, b"HELO", VERSION, &[]);
         say(&stream, b"INTR", announced, &vec![null.as_fd(); sent]);
         told(stream, reason);
     }
+    // A frame that a reader would wait for until somebody writes to it.
+    let silent = EventFd::blocking().unwrap();
+    let stream = connect();
+    say(&stream, b"HELO", VERSION, &[]);
+    say(&stream, b"INTR", 0, &[silent.as_fd(); 5]);
+    told(stream, foreign);
     // Gone after the greeting.
     let stream = connect();
     say(&stream, b"HELO", VERSION, &[]);

@@ -4,10 +4,14 @@ use std::collections::VecDeque;
 use std::fs::File;
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::{Arc, OnceLock};
+use std::time::Instant;
 
 use cpr_core::error::BoxError;
 use cpr_core::frame::{Frame, FrameWriter, Section, to_body};
-use cpr_core::{Arrival, Control, FdEntry, FdKind, FdPolicy, FdRegistry, GuestActivity, Incoming, Services};
+use cpr_core::{
+    Arrival, Control, FdEntry, FdKind, FdPolicy, FdRegistry, GuestActivity, Host, Incoming, IncomingError,
+    MainSource, MemoryRegion, Services, TerminalAction,
+};
 use oslib::signals::SignalMask;
 use serde::Serialize;
 use vmm::app::{EarlyState, FrontEnd, User, find_named_fds, take_early_state};
@@ -22,6 +26,8 @@ use crate::backend::{Machine, ending, persisted};
 use crate::{EPOCH, frame_of, section_of};
 
 pub(crate) const UPDATE: &str = "cpr-core/update";
+pub(crate) const REFUSAL: &str = "cpr-core/refusal";
+pub(crate) const ACTIVITY: &str = "cpr-core/activity";
 pub(crate) const REGISTRY: &str = "cpr-core/registry";
 pub(crate) const PROCESS: &str = "cpr-exec/process";
 pub(crate) const MONITORS: &str = "cpr-vmm/monitors";
@@ -55,12 +61,16 @@ pub(crate) fn writer() -> FrameWriter {
 }
 
 /// Begins an update with this early frame.
-fn begin(early: Frame) -> bool {
+fn begun(services: &mut Services, early: Frame) -> Result<Incoming, IncomingError> {
     static CONTROL: OnceLock<Control> = OnceLock::new();
     let control = CONTROL.get_or_init(|| Control::create(EPOCH).expect("a control page")).clone();
-    let mut services = Services::default();
     let arrival = Arrival { mode: cpr_exec::mode_info(), early, registry: FdRegistry::default(), control };
-    match Incoming::begin(&mut services, arrival) {
+    Incoming::begin(services, arrival)
+}
+
+/// Whether an update can begin with this early frame.
+fn begin(early: Frame) -> bool {
+    match begun(&mut Services::default(), early) {
         Ok(mut incoming) => {
             let _ = (incoming.early().remaining(), incoming.activity() == GuestActivity::Running);
             incoming.abandon();
@@ -80,6 +90,65 @@ pub fn update(data: &[u8]) -> bool {
 
 pub(crate) fn update_seeds() -> Vec<Vec<u8>> {
     vec![to_body(&("cpr-exec", 3_u64)), to_body(&("cpr-exec", u64::MAX - 1))]
+}
+
+/// The section `cpr-core/refusal`, beside a good one of the update.
+pub fn refusal(data: &[u8]) -> bool {
+    begin(frame_of(&[(UPDATE, 1, &update_seeds()[0]), (REFUSAL, 1, data)]))
+}
+
+pub(crate) fn refusal_seeds() -> Vec<Vec<u8>> {
+    vec![to_body(&"no room for a second program"), to_body(&"")]
+}
+
+/// A main frame, and a host that needs nothing of it.
+struct Given(Option<Frame>);
+
+impl MainSource for Given {
+    fn read_main(&mut self) -> Result<Frame, BoxError> {
+        Ok(self.0.take().ok_or("it was read")?)
+    }
+}
+
+struct NoGuest;
+
+impl Host for NoGuest {
+    fn memory(&self) -> Vec<MemoryRegion> {
+        Vec::new()
+    }
+
+    fn stop(&mut self, _: Instant) -> Result<GuestActivity, BoxError> {
+        Ok(GuestActivity::Paused)
+    }
+
+    fn resume(&mut self, _: GuestActivity) -> Result<(), BoxError> {
+        Ok(())
+    }
+
+    fn save(&mut self, _: &mut FrameWriter) -> Result<(), BoxError> {
+        Ok(())
+    }
+
+    fn load(&mut self, _: &mut Frame) -> Result<(), BoxError> {
+        Ok(())
+    }
+
+    fn request_terminal(&mut self, _: TerminalAction) {}
+}
+
+/// The section `cpr-core/activity`, which is all that this host's main frame has.
+pub fn activity(data: &[u8]) -> bool {
+    let early = frame_of(&[(UPDATE, 1, &update_seeds()[0])]);
+    let mut incoming = begun(&mut Services::default(), early).expect("a good beginning");
+    let loaded = incoming.load(&mut NoGuest, &mut Given(Some(frame_of(&[(ACTIVITY, 1, data)]))));
+    let is_good = loaded.map_err(|error| vmm::errors::text(&error)).is_ok();
+    assert!(is_good || incoming.activity() == GuestActivity::Paused);
+    incoming.abandon();
+    is_good
+}
+
+pub(crate) fn activity_seeds() -> Vec<Vec<u8>> {
+    vec![to_body(&true), to_body(&false)]
 }
 
 fn null() -> std::io::Result<OwnedFd> {
@@ -156,7 +225,7 @@ pub fn process(data: &[u8]) -> bool {
 
 /// The wire form of a channel, whose own type is private.
 #[derive(Serialize)]
-enum ChannelWire {
+pub(crate) enum ChannelWire {
     File { path: Vec<u8>, offset: u64 },
     Memfd,
 }

@@ -17,17 +17,19 @@ mod net;
 mod preflight;
 mod rings;
 mod state_file;
+mod transfer;
 
 pub use block::{block, block_state};
 pub use command_line::command_line;
-pub use early::{monitors, process, registry, update};
+pub use early::{activity, monitors, process, refusal, registry, update};
 pub use frame::{state_frame, state_frame_written};
-pub use main_frame::{machine, outside, platform, serial, time, vcpu, vm};
+pub use main_frame::{machine, outside, platform, serial, serial_input, time, vcpu, vm};
 pub use monitors::{hmp, qmp};
 pub use net::{net, net_state};
-pub use preflight::{manifest, verdict};
+pub use preflight::{main_channel, manifest, verdict};
 pub use rings::{virtio_console, virtio_rng};
 pub use state_file::state_file;
+pub use transfer::{transfer_source, transfer_target};
 
 use std::fmt::Debug;
 
@@ -52,6 +54,7 @@ pub struct Target {
 
 /// Every target, by name.
 pub const TARGETS: &[Target] = &[
+    Target { name: "activity", run: activity, seeds: early::activity_seeds, max_len: 16, words: &[] },
     Target { name: "block", run: block, seeds: block::seeds, max_len: 4096, words: &[] },
     Target { name: "block_state", run: block_state, seeds: block::state_seeds, max_len: 64, words: &[] },
     Target {
@@ -63,6 +66,13 @@ pub const TARGETS: &[Target] = &[
     },
     Target { name: "hmp", run: hmp, seeds: monitors::hmp_seeds, max_len: 1024, words: monitors::HMP_WORDS },
     Target { name: "machine", run: machine, seeds: main_frame::machine_seeds, max_len: 256, words: &[] },
+    Target {
+        name: "main_channel",
+        run: main_channel,
+        seeds: preflight::main_channel_seeds,
+        max_len: 256,
+        words: &[],
+    },
     Target { name: "manifest", run: manifest, seeds: preflight::manifest_seeds, max_len: 1024, words: &[] },
     Target { name: "monitors", run: monitors, seeds: early::monitors_seeds, max_len: 4096, words: &[] },
     Target { name: "net", run: net, seeds: net::net_seeds, max_len: 2048, words: &[] },
@@ -71,8 +81,16 @@ pub const TARGETS: &[Target] = &[
     Target { name: "platform", run: platform, seeds: main_frame::platform_seeds, max_len: 16, words: &[] },
     Target { name: "process", run: process, seeds: early::process_seeds, max_len: 256, words: &[] },
     Target { name: "qmp", run: qmp, seeds: monitors::qmp_seeds, max_len: 1024, words: monitors::QMP_WORDS },
+    Target { name: "refusal", run: refusal, seeds: early::refusal_seeds, max_len: 256, words: &[] },
     Target { name: "registry", run: registry, seeds: early::registry_seeds, max_len: 1024, words: &[] },
     Target { name: "serial", run: serial, seeds: main_frame::serial_seeds, max_len: 128, words: &[] },
+    Target {
+        name: "serial_input",
+        run: serial_input,
+        seeds: main_frame::serial_input_seeds,
+        max_len: 256,
+        words: &[],
+    },
     Target {
         name: "state_file",
         run: state_file,
@@ -95,6 +113,20 @@ pub const TARGETS: &[Target] = &[
         words: &[],
     },
     Target { name: "time", run: time, seeds: main_frame::time_seeds, max_len: 256, words: &[] },
+    Target {
+        name: "transfer_source",
+        run: transfer_source,
+        seeds: transfer::transfer_source_seeds,
+        max_len: 1024,
+        words: transfer::WORDS,
+    },
+    Target {
+        name: "transfer_target",
+        run: transfer_target,
+        seeds: transfer::transfer_target_seeds,
+        max_len: 1024,
+        words: transfer::WORDS,
+    },
     Target { name: "update", run: update, seeds: early::update_seeds, max_len: 128, words: &[] },
     Target { name: "vcpu", run: vcpu, seeds: main_frame::vcpu_seeds, max_len: 16 << 10, words: &[] },
     Target { name: "verdict", run: verdict, seeds: preflight::verdict_seeds, max_len: 256, words: &[] },
@@ -108,6 +140,36 @@ pub const TARGETS: &[Target] = &[
     Target { name: "virtio_rng", run: virtio_rng, seeds: rings::virtio_rng_seeds, max_len: 8192, words: &[] },
     Target { name: "vm", run: vm, seeds: main_frame::vm_seeds, max_len: 4096, words: &[] },
 ];
+
+/// Each section of a state, and the target that has its body for an input.
+pub const SECTIONS: &[(&str, &str)] = &[
+    ("cpr-core/activity", "activity"),
+    ("cpr-core/manifest", "manifest"),
+    ("cpr-core/refusal", "refusal"),
+    ("cpr-core/registry", "registry"),
+    ("cpr-core/update", "update"),
+    ("cpr-core/verdict", "verdict"),
+    ("cpr-exec/main-channel", "main_channel"),
+    ("cpr-exec/process", "process"),
+    ("cpr-reboot/file", "state_file"),
+    ("cpr-vmm/machine", "machine"),
+    ("cpr-vmm/monitors", "monitors"),
+    ("cpr-vmm/outside", "outside"),
+    ("cpr-vmm/serial-input", "serial_input"),
+    ("kvm/time", "time"),
+    ("kvm/vcpu", "vcpu"),
+    ("kvm/vm", "vm"),
+    ("platform", "platform"),
+    ("serial", "serial"),
+];
+
+/// Sections without a target: zeros that nobody reads, and one number of four bytes.
+pub const NO_TARGET: &[&str] = &["cpr-core/room", "cpr-exec/answer"];
+
+/// Every section that this program takes over under any of its modes.
+pub fn sections_taken_over() -> Vec<String> {
+    preflight::sections_taken_over()
+}
 
 /// The update that every frame here belongs to.
 const EPOCH: u64 = 7;

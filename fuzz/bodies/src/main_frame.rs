@@ -26,6 +26,7 @@ pub(crate) const VM: &str = "kvm/vm";
 pub(crate) const SERIAL: &str = "serial";
 pub(crate) const PLATFORM: &str = "platform";
 pub(crate) const OUTSIDE: &str = "cpr-vmm/outside";
+pub(crate) const SERIAL_INPUT: &str = "cpr-vmm/serial-input";
 pub(crate) const TIME: &str = "kvm/time";
 
 /// The machine that the frames of this module are for.
@@ -105,6 +106,16 @@ pub fn outside(data: &[u8]) -> bool {
 
 pub(crate) fn outside_seeds() -> Vec<Vec<u8>> {
     vec![to_body(&(b"unsent".to_vec(), vec![true, false])), to_body(&(Vec::<u8>::new(), Vec::<bool>::new()))]
+}
+
+/// The section `cpr-vmm/serial-input`, beside those of a good main frame.
+pub fn serial_input(data: &[u8]) -> bool {
+    let good = good().iter().map(|(name, version, body)| (*name, *version, &body[..]));
+    read(&mut frame_of(&good.chain([(SERIAL_INPUT, 1, data)]).collect::<Vec<_>>()))
+}
+
+pub(crate) fn serial_input_seeds() -> Vec<Vec<u8>> {
+    vec![to_body(&b"typed ahead".to_vec()), to_body(&Vec::<u8>::new())]
 }
 
 /// The section `kvm/vcpu`. What passes the check has the lengths of the kernel's structures.

@@ -1,6 +1,8 @@
 //! The fuzz bodies without a fuzzer: over their seeds, and over mutations of these that are the same in every run.
 
-use fuzz_bodies::{TARGETS, Target};
+use std::collections::BTreeSet;
+
+use fuzz_bodies::{NO_TARGET, SECTIONS, TARGETS, Target, sections_taken_over};
 
 /// Mutations of each target. All of them together take a second or two.
 const MUTATIONS: u32 = 3000;
@@ -121,11 +123,13 @@ macro_rules! targets {
 }
 
 targets!(
+    activity,
     block,
     block_state,
     command_line,
     hmp,
     machine,
+    main_channel,
     manifest,
     monitors,
     net,
@@ -134,12 +138,16 @@ targets!(
     platform,
     process,
     qmp,
+    refusal,
     registry,
     serial,
+    serial_input,
     state_file,
     state_frame,
     state_frame_written,
     time,
+    transfer_source,
+    transfer_target,
     update,
     vcpu,
     verdict,
@@ -157,6 +165,25 @@ fn every_seed_is_what_the_program_takes() {
             assert!(run(target, seed) || any, "{}: seed {number} is refused", target.name);
             assert!(seed.len() <= target.max_len, "{}: seed {number} is too long", target.name);
         }
+    }
+}
+
+/// What the program takes over, and what the documentation has a chapter or a row for.
+#[test]
+fn every_section_has_a_target() {
+    let documentation = include_str!("../../../docs/state-format.md");
+    let documented = documentation.lines().filter_map(|line| {
+        let (name, rest) =
+            line.strip_prefix("### `").or_else(|| line.strip_prefix("| `"))?.split_once('`')?;
+        // A version follows, or the frame that it belongs to.
+        let is_section = [" 1", " 2", " | early", " | main |"].iter().any(|next| rest.starts_with(next));
+        is_section.then(|| name.to_owned())
+    });
+    let known: BTreeSet<String> = documented.chain(sections_taken_over()).collect();
+    let covered = SECTIONS.iter().map(|(section, _)| *section).chain(NO_TARGET.iter().copied());
+    assert_eq!(known, covered.map(str::to_owned).collect());
+    for (section, target) in SECTIONS {
+        assert!(TARGETS.iter().any(|known| known.name == *target), "{section}: there is no target {target}");
     }
 }
 

@@ -9,6 +9,7 @@ use std::path::Path;
 use std::sync::Arc;
 
 use anyhow::{Context, anyhow, bail};
+use cpr_core::fault::{self, Point};
 use cpr_core::{Incoming, Stamp};
 use cpr_reboot::{FileError, Kept, Memory, RamSource, Region, StateFile, Whereabouts};
 use vmm_core::memory::GuestRam;
@@ -129,6 +130,7 @@ impl App {
 
     fn build_from(&self, state: &StateFile, ram: Ram) -> anyhow::Result<Hardware> {
         let config = &self.parts.config;
+        fault::at(Point::Fill).map_err(|error| anyhow!(error))?;
         for (at, region) in state.regions().iter().enumerate() {
             if region.whereabouts == Whereabouts::Here {
                 if let MemoryBackend::File { .. } = config.memory.backend {
@@ -139,7 +141,9 @@ impl App {
             }
         }
         let output = startup::serial_output(config, &self.parts.chardevs);
-        ram.into_hardware(config, output, self.parts.observer.clone())
+        let hardware = ram.into_hardware(config, output, self.parts.observer.clone())?;
+        fault::at(Point::Built).map_err(|error| anyhow!(error))?;
+        Ok(hardware)
     }
 }
 
