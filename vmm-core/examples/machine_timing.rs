@@ -193,7 +193,7 @@ fn building_blocks(rounds: usize) -> Result<(), Error> {
 fn machine(backend: &Backend, vcpus: usize, stamps: &Arc<Stamps>) -> Result<Machine, Error> {
     let observer = Arc::clone(stamps) as Arc<dyn RunObserver>;
     let ram = GuestRam::map(backend)?;
-    Ok(Machine::new(MachineConfig { ram, vcpus, serial: Box::new(Nowhere), observer })?)
+    Ok(Machine::new(MachineConfig { ram, vcpus, serial: Box::new(Nowhere), observer, pci: None })?)
 }
 
 /// Builds a target while the source runs. It is told the CPUID as well, which does not change while a guest lives.

@@ -13,6 +13,8 @@
 //! | what is saved, as it travels | [`state`] |
 //! | time beyond one boot of the host | [`time`] |
 //! | I/O ports, MMIO, small devices, COM1 | [`ports`], [`platform`], [`serial`] |
+//! | devices on the PCI bus, stopped, saved and served together | [`devices`] |
+//! | the PCI bus | [`pci`] |
 //! | virtio devices | [`virtio`] |
 //! | loading a kernel | [`boot`] |
 //! | a guest for tests and measurements | [`payload`] |
@@ -21,11 +23,14 @@
 //! `unsafe` lives in [`kvm`] only.
 
 pub mod boot;
+pub mod devices;
 pub mod error;
+mod io_thread;
 pub mod kvm;
 pub mod machine;
 pub mod memory;
 pub mod payload;
+pub mod pci;
 pub mod platform;
 pub mod ports;
 pub mod serial;

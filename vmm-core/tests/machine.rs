@@ -717,7 +717,7 @@ fn an_impossible_number_of_vcpus_is_refused() {
         let ram = vmm_core::memory::GuestRam::map(&backend(64 * MIB)).unwrap();
         let serial = Box::new(Console::default());
         let observer = Arc::new(vmm_core::vcpu::NoObserver);
-        let config = vmm_core::machine::MachineConfig { ram, vcpus, serial, observer };
+        let config = vmm_core::machine::MachineConfig { ram, vcpus, serial, observer, pci: None };
         let error = Machine::new(config).unwrap_err();
         assert!(matches!(error, MachineError::VcpuLimit { limit: 64, .. }), "{error}");
     }

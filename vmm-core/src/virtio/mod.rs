@@ -12,6 +12,9 @@
 
 mod device;
 mod driver;
+pub mod pci;
+#[cfg(test)]
+pub(crate) mod testing;
 
 pub use device::{
     Broken, Class, Direction, Drained, Persistent, SectionVersions, VirtioDevice, Watch, WatchToken,
