@@ -209,7 +209,7 @@ fn beating(backend: &Backend, vcpus: usize, stamps: &Arc<Stamps>) -> Result<(Mac
     let machine = machine(backend, vcpus, stamps)?;
     let kernel = KernelImage::BuiltIn { name: "payload", bytes: payload::ELF };
     let cmdline = format!("cpus={vcpus}");
-    let request = BootRequest { kernel, initrd: None, cmdline: &cmdline, vcpus };
+    let request = BootRequest { kernel, initrd: None, cmdline: &cmdline, vcpus, pci: false };
     let entry = boot::load(machine.ram().memory(), &request)?;
     machine.set_entry(&|regs, sregs| entry.apply(regs, sregs))?;
     machine.run()?;

@@ -16,7 +16,7 @@ use std::time::Instant;
 use anyhow::{Context, bail};
 use cpr_core::fault::{self, Point};
 use cpr_core::ownership::Owner;
-use cpr_core::{Control, FdKind, FdPolicy, FdRegistry, Incoming, Services, Stamp};
+use cpr_core::{Blocker, Control, FdKind, FdPolicy, FdRegistry, Incoming, Services, Stamp};
 use cpr_exec::ExecArrival;
 use cpr_transfer::Listener;
 use oslib::signals::{self, SignalFd, SignalMask};
@@ -33,7 +33,7 @@ use crate::cli::config::{self, Config, MemoryBackend, MonitorKind};
 use crate::cli::{self, Invocation};
 use crate::monitor::mux::Mux;
 use crate::monitor::{Channel, SocketAddress};
-use crate::{errors, trace};
+use crate::{devices, errors, trace};
 
 /// Signals that end the program in good order.
 const ENDING: SignalMask = SignalMask::of(&[SIGHUP, SIGINT, SIGTERM]);
@@ -171,6 +171,8 @@ pub struct Hardware {
     pub(crate) memory: Backend,
     pub(crate) ram: GuestRam,
     pub(crate) machine: Machine,
+    /// Of devices that cannot be saved.
+    _blockers: Vec<Blocker>,
 }
 
 /// Guest RAM before there is a machine around it.
@@ -203,14 +205,17 @@ impl Ram {
         config: &Config,
         output: Output,
         observer: Arc<BlackoutObserver>,
+        services: &Services,
     ) -> anyhow::Result<Hardware> {
         let machine = Machine::new(MachineConfig {
             ram: self.ram.clone(),
             vcpus: config.cpus.into(),
             serial: Box::new(output),
             observer,
+            pci: devices::build(config, &services.registry)?,
         })?;
-        Ok(Hardware { memory: self.memory, ram: self.ram, machine })
+        let blockers = devices::block_updates(&machine, &services.blockers);
+        Ok(Hardware { memory: self.memory, ram: self.ram, machine, _blockers: blockers })
     }
 }
 
@@ -222,6 +227,8 @@ impl Hardware {
         self.machine.preset_cpuid(cpuid)?;
         rendezvous.note_progress();
         self.machine.ready_with(&mut || rendezvous.note_progress())?;
+        self.machine.prepare_devices();
+        rendezvous.note_progress();
         Ok(())
     }
 
@@ -354,7 +361,7 @@ fn build(
     let hardware = match ram {
         Some(ram) => {
             let output = serial_output(&config, &chardevs);
-            Some(ram.into_hardware(&config, output, observer.clone())?)
+            Some(ram.into_hardware(&config, output, observer.clone(), &services)?)
         }
         None => None,
     };
@@ -477,6 +484,7 @@ pub fn load_kernel(config: &Config, ram: &GuestRam) -> anyhow::Result<Entry> {
         initrd: config.boot.initrd.clone(),
         cmdline: config.boot.append.as_deref().unwrap_or_default(),
         vcpus: config.cpus.into(),
+        pci: config.machine.machine_type().has_pci(),
     };
     Ok(boot::load(ram.memory(), &request)?)
 }

@@ -126,7 +126,7 @@ impl App {
         parts.named_fds.extend(find_named_fds(&named_fds, &parts.services.registry));
         let ram = startup::open_ram(&parts.config, &parts.services.registry, RamOrigin::Registry)?;
         let output = startup::serial_output(&parts.config, &parts.chardevs);
-        let hardware = ram.into_hardware(&parts.config, output, parts.observer.clone())?;
+        let hardware = ram.into_hardware(&parts.config, output, parts.observer.clone(), &parts.services)?;
         hardware.complete(&cpuid, &control)?;
         hardware.populate(&control)?;
         fault::at(Point::Built).map_err(|error| anyhow::anyhow!(error))?;

@@ -25,11 +25,12 @@ use super::{App, Exit, FrontEnd, RunState, User};
 use crate::arriving::{Arriving, Predecessor, check_transfer_channel};
 use crate::chardev::ChardevState;
 use crate::cli::config::{Config, Incoming};
+use crate::devices::DeviceShape;
 use crate::migration::{Settings, SettingsV1, Status};
 use crate::monitor::mux::Mux;
 use crate::monitor::{Channel, MAX_RECEIVED_FDS, QmpError, Reply, hmp, qmp};
 use crate::startup::Hardware;
-use crate::{errors, formats};
+use crate::{devices, errors, formats};
 
 /// Main section: what the guest did that the outside does not know yet.
 #[derive(Debug, Default, Serialize, Deserialize)]
@@ -58,6 +59,9 @@ impl SectionType for SerialInput {
 const STATE_LEN: usize = 32 << 10;
 /// Bytes of state of a vCPU, of which its extended registers are the most.
 const VCPU_LEN: usize = 24 << 10;
+
+/// Bytes of state of a device with its transport, of which the MSI-X table is the most.
+const DEVICE_LEN: usize = 8 << 10;
 
 /// What was loaded and must wait for the commit.
 #[derive(Debug, Default)]
@@ -174,6 +178,8 @@ pub(super) struct MachineSection {
     machine_type: String,
     ram_bytes: u64,
     vcpus: u32,
+    /// On the PCI bus.
+    devices: Vec<DeviceShape>,
     /// QMP's name of the run state before the update: what a guest that did not run is in afterwards.
     run_state: String,
     /// How the guest ended, if it did so after the new program had been started.
@@ -209,7 +215,7 @@ impl From<MachineSectionV1> for MachineSection {
             // There is none, and so it is refused.
             _ => machine_type,
         };
-        MachineSection { machine_type, ram_bytes, vcpus, run_state, ended }
+        MachineSection { machine_type, ram_bytes, vcpus, devices: Vec::new(), run_state, ended }
     }
 }
 
@@ -243,13 +249,13 @@ impl GuestEnd {
 
 impl MachineSection {
     fn of(config: &Config, run_state: RunState, ended: Option<GuestEnd>) -> MachineSection {
-        let MachineShape { machine_type, ram_bytes, vcpus } = MachineShape::of(config);
-        MachineSection { machine_type, ram_bytes, vcpus, run_state: run_state.name().into(), ended }
+        let MachineShape { machine_type, ram_bytes, vcpus, devices } = MachineShape::of(config);
+        MachineSection { machine_type, ram_bytes, vcpus, devices, run_state: run_state.name().into(), ended }
     }
 
     fn shape(&self) -> MachineShape {
-        let machine_type = self.machine_type.clone();
-        MachineShape { machine_type, ram_bytes: self.ram_bytes, vcpus: self.vcpus }
+        let (machine_type, devices) = (self.machine_type.clone(), self.devices.clone());
+        MachineShape { machine_type, ram_bytes: self.ram_bytes, vcpus: self.vcpus, devices }
     }
 }
 
@@ -456,6 +462,7 @@ impl App {
         }
         formats::put(main, 0, &machine.serial)?;
         formats::put(main, 0, &machine.platform)?;
+        self.hardware()?.machine.save_devices(main)?;
         // Sent by whoever has the guest in the end, and by nobody before.
         let unsent = self.serial_chardev().map(|at| self.parts.chardevs[at].output().hold());
         let outside =
@@ -477,7 +484,9 @@ impl App {
             time.go_on(&mut state, &Now::read().context("the time of the guest cannot be set")?);
         }
         self.state_before_update = run_state;
-        self.hardware()?.machine.restore(&state).context("the machine refuses the state")?;
+        let machine = &self.hardware()?.machine;
+        machine.restore(&state).context("the machine refuses the state")?;
+        machine.load_devices(main).context("the machine refuses the state")?;
         self.loaded = Loaded { outside, ended, serial_input };
         Ok(())
     }
@@ -667,7 +676,8 @@ impl Host for App {
     }
 
     fn state_len_hint(&self) -> usize {
-        STATE_LEN + usize::from(self.parts.config.cpus) * VCPU_LEN
+        let devices = devices::shapes(&self.parts.config).len();
+        STATE_LEN + usize::from(self.parts.config.cpus) * VCPU_LEN + devices * DEVICE_LEN
     }
 
     fn before_departure(&mut self) -> Result<(), BoxError> {

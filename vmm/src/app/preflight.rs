@@ -12,6 +12,7 @@ use cpr_exec::MainChannel;
 use cpr_exec::PreflightRequest;
 use serde::{Deserialize, Serialize};
 use vmm_core::kvm::{self, Capabilities};
+use vmm_core::machine::Machine;
 use vmm_core::state::{PlatformState, SerialState, VcpuState, VmState};
 
 use super::App;
@@ -19,6 +20,7 @@ use super::host::{EarlyState, MachineSection, OutsideSection, SerialInput};
 use crate::chardev;
 use crate::cli::config::{Config, Incoming, MemoryBackend, MemoryConfig};
 use crate::cli::{self, Invocation};
+use crate::devices::{self, DeviceShape};
 use crate::errors;
 use crate::formats;
 use crate::migration::exec_channel;
@@ -58,6 +60,8 @@ pub(super) struct MachineShape {
     pub(super) machine_type: String,
     pub(super) ram_bytes: u64,
     pub(super) vcpus: u32,
+    /// On the PCI bus, by slot.
+    pub(super) devices: Vec<DeviceShape>,
 }
 
 /// Version 1 of the host's part of a manifest.
@@ -81,6 +85,7 @@ impl MachineShape {
             machine_type: config.machine.machine_type().name().into(),
             ram_bytes: config.memory.size_bytes,
             vcpus: config.cpus.into(),
+            devices: devices::shapes(config),
         }
     }
 
@@ -96,7 +101,7 @@ impl MachineShape {
         ensure!(ram == own_ram, "the guest has {ram} bytes of RAM, the command line says {own_ram}");
         let (vcpus, own_vcpus) = (self.vcpus, own.vcpus);
         ensure!(vcpus == own_vcpus, "the guest has {vcpus} vCPUs, the command line says {own_vcpus}");
-        Ok(())
+        devices::check_shapes(&self.devices, &own.devices)
     }
 }
 
@@ -146,11 +151,17 @@ impl RamManifest {
 impl App {
     /// What the next program is shown.
     pub(super) fn show_machine(&self) -> Manifest {
-        manifest_of(&self.parts.config, self.moves_out)
+        let mut manifest = manifest_of(&self.parts.config, self.moves_out);
+        let machine = self.hardware().map(|hardware| &hardware.machine);
+        for (instance, (name, versions)) in machine.map(Machine::device_sections).unwrap_or_default() {
+            manifest = manifest.section(name, instance, versions);
+        }
+        manifest
     }
 }
 
-/// The manifest of a machine with this configuration; `moves_out`: its guest moves to another process.
+/// The manifest of a machine with this configuration, without the sections of its devices, which only these know; `moves_out`:
+/// its guest moves to another process.
 pub fn manifest_of(config: &Config, moves_out: bool) -> Manifest {
     let machine = MachineManifest { shape: MachineShape::of(config), ram: RamManifest::of(&config.memory) };
     let mut manifest = Manifest::default().host(1, &machine);
@@ -178,8 +189,9 @@ pub fn judge_shown(
     for (name, versions) in sections() {
         catalogue = catalogue.requires(name, versions);
     }
-    let (name, versions) = moving();
-    catalogue = catalogue.reads(name, versions);
+    for (name, versions) in [moving()].into_iter().chain(devices::sections()) {
+        catalogue = catalogue.reads(name, versions);
+    }
     let machine = match manifest.decode_host::<MachineManifest>(1) {
         Ok(machine) => machine,
         Err(error) => return catalogue.judge(manifest, [errors::text(&error)]),
@@ -196,6 +208,7 @@ pub fn judge_shown(
 fn check_shape(guest: &MachineShape, config: &Config) -> anyhow::Result<()> {
     let mut config = config.clone();
     config.machine.adopt(&guest.machine_type).map_err(anyhow::Error::msg)?;
+    devices::check_bus(config.machine.machine_type(), &devices::shapes(&config))?;
     guest.check(&MachineShape::of(&config))
 }
 
@@ -309,7 +322,9 @@ mod tests {
         let later = MachineShape { machine_type: "microvm-9.9".into(), ..own.clone() };
         let said = check_shape(&later, &config(MEMFD)).unwrap_err().to_string();
         assert!(
-            said.ends_with("'microvm-9.9', which this program does not have (it has: microvm-0.1)"),
+            said.ends_with(
+                "'microvm-9.9', which this program does not have (it has: microvm-0.1, microvm-0.2)"
+            ),
             "{said}"
         );
         let other = |change: fn(&mut MachineShape)| {
@@ -322,7 +337,7 @@ mod tests {
         let said = other(|guest| guest.vcpus = 9);
         assert_eq!(said, "the guest has 9 vCPUs, the command line says 1");
         let said = other(|guest| guest.machine_type = "q35".into());
-        assert_eq!(said, "the guest's machine type is 'q35', this program has 'microvm-0.1'");
+        assert_eq!(said, "the guest's machine type is 'q35', this program has 'microvm-0.2'");
     }
 
     #[test]

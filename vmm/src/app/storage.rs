@@ -139,7 +139,7 @@ impl App {
             }
         }
         let output = startup::serial_output(config, &self.parts.chardevs);
-        ram.into_hardware(config, output, self.parts.observer.clone())
+        ram.into_hardware(config, output, self.parts.observer.clone(), &self.parts.services)
     }
 }
 

@@ -4,6 +4,7 @@ use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use cpr_core::frame::{Frame, FrameWriter};
+use proptest::prelude::*;
 
 use super::*;
 use crate::pci::{ECAM, PciBus};
@@ -30,8 +31,12 @@ impl Board {
         Board::with(Loopback::new())
     }
 
-    fn with((loopback, remote): (Box<Loopback>, Arc<Remote>)) -> Board {
-        let memory = GuestMemoryMmap::from_ranges(&[(vm_memory::GuestAddress(0), 4 << 20)]).unwrap();
+    fn with(device: (Box<Loopback>, Arc<Remote>)) -> Board {
+        let memory = GuestMemoryMmap::from_ranges(&[(vm_memory::GuestAddress(0), 4 << 20)]);
+        Board::in_memory(device, memory.unwrap())
+    }
+
+    fn in_memory((loopback, remote): (Box<Loopback>, Arc<Remote>), memory: GuestMemoryMmap) -> Board {
         let kvm = Arc::new(NoHypervisor::default());
         let hypervisor: Arc<dyn Hypervisor> = kvm.clone();
         let bell = Bell(Arc::new(EventFd::new().unwrap()));
@@ -475,22 +480,7 @@ fn a_driver_goes_on_in_another_device_from_anywhere() {
     let mut board = Board::new();
     for (at, step) in steps.iter().enumerate() {
         step(&board);
-        let mut next = Board::new();
-        next.memory = board.memory.clone();
-        let hypervisor: Arc<dyn Hypervisor> = next.kvm.clone();
-        let (loopback, remote) = Loopback::new();
-        let device = VirtioPci::new(
-            loopback,
-            first_address(SLOT),
-            next.memory.clone(),
-            &hypervisor,
-            next.bell.clone(),
-        );
-        next.device = Arc::new(device.unwrap());
-        next.remote = remote;
-        (next.mmio, next.ports) = (MmioBus::new(), PortBus::new());
-        let bus = Arc::new(PciBus::new([(SLOT, next.device.clone() as Arc<dyn Function>)]));
-        bus.attach(&next.ports, &next.mmio).unwrap();
+        let next = Board::in_memory(Loopback::new(), board.memory.clone());
         assert_eq!(board.device.drain(), Drained::AtRest);
         let (saved, again) = (board.save(), board.save());
         assert_eq!(saved, again, "a save changes nothing");
@@ -603,4 +593,80 @@ fn a_reset_makes_it_new() {
     assert_eq!(*board.kvm.doorbells.lock().unwrap(), [0; 0]);
     assert_eq!(board.remote.reset.load(Ordering::SeqCst), 1);
     board.up();
+}
+
+/// What a guest can do with the bus, whatever it may mean.
+#[derive(Debug, Clone)]
+enum Access {
+    Config(u64, Vec<u8>),
+    Bar(u64, Vec<u8>),
+    Ports(u16, Vec<u8>),
+    /// A step of a driver that knows what it does, so that all of the above meets a device that works.
+    Good(u8),
+    /// The I/O thread comes by.
+    Serve,
+}
+
+fn access() -> impl Strategy<Value = Access> {
+    let data = || proptest::collection::vec(any::<u8>(), 1..9);
+    // Where something is.
+    let in_bar = prop_oneof![
+        0..0x40u64,
+        0x1000..0x1004u64,
+        0x2000..0x2010u64,
+        0x3000..0x3010u64,
+        0x4000..0x4040u64,
+        0xc000..0xc010u64,
+        0..BAR_LEN
+    ];
+    prop_oneof![
+        (0..0x110u64, data()).prop_map(|(at, data)| Access::Config(at, data)),
+        (in_bar, data()).prop_map(|(at, data)| Access::Bar(at, data)),
+        (0..8u16, data()).prop_map(|(at, data)| Access::Ports(at, data)),
+        (0..6u8).prop_map(Access::Good),
+        Just(Access::Serve),
+    ]
+}
+
+proptest! {
+    /// Nothing that a guest does is a panic, and wherever it leaves a device, another one goes on from there.
+    #[test]
+    fn whatever_a_guest_does_can_be_saved_and_loaded(accesses in proptest::collection::vec(access(), 1..60)) {
+        let board = Board::new();
+        for access in accesses {
+            let mut back = [0; 8];
+            match access {
+                Access::Config(at, data) => {
+                    board.set_config(at, &data);
+                    board.mmio.read(CONFIG + at, &mut back[..data.len()]);
+                }
+                Access::Bar(at, data) => {
+                    let bar = Bar(&board.mmio, board.device.memory().map_or(first_address(SLOT), |memory| memory.start));
+                    bar.write(at, &data);
+                    bar.read(at, &mut back[..data.len()]);
+                }
+                Access::Ports(at, data) => {
+                    board.ports.write(0xcf8 + at, &data);
+                    board.ports.read(0xcf8 + at, &mut back[..data.len()]);
+                }
+                Access::Good(0) => board.set_config(4, &[6]),
+                Access::Good(1) => board.enable_msix(),
+                Access::Good(2) => unmask(&board.bar()),
+                Access::Good(3) => bring_up(&board.bar()),
+                Access::Good(4) => board.bar().write(0x14, &[0]),
+                Access::Good(_) => {
+                    offer(&board.memory, 5);
+                    board.bar().write(0x3000, &[0, 0]);
+                }
+                Access::Serve => drop(board.serve()),
+            }
+        }
+        prop_assert_eq!(board.device.drain(), Drained::AtRest);
+        let saved = board.save();
+        let fresh = Board::in_memory(Loopback::new(), board.memory.clone());
+        fresh.device.load(&mut Frame::parse(&saved).unwrap(), SLOT.into()).unwrap();
+        prop_assert_eq!(fresh.save(), saved);
+        prop_assert_eq!(&*fresh.kvm.doorbells.lock().unwrap(), &*board.kvm.doorbells.lock().unwrap());
+        fresh.device.go_on();
+    }
 }
