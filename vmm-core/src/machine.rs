@@ -232,7 +232,7 @@ impl Machine {
     pub fn pause(&self, deadline: Duration) -> Result<(), MachineError> {
         let until = Instant::now() + deadline;
         let Some(devices) = &self.devices else { return self.vcpus.pause(deadline) };
-        // Meanwhile.
+        // So that its thread comes to rest while the vCPUs stop.
         devices.want_rest();
         let stopped = self.vcpus.pause(deadline);
         let stopped = stopped.inspect_err(|_| self.undo_stop(devices.go_on()));

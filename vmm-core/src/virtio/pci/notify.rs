@@ -67,12 +67,6 @@ impl Doorbells {
     }
 }
 
-impl Drop for Doorbells {
-    fn drop(&mut self) {
-        self.follow(|| None);
-    }
-}
-
 /// The addresses of the queues' notifications in a BAR.
 fn addresses(base: u64) -> impl Iterator<Item = u64> {
     (0..).map(move |queue| base + NOTIFY + queue * NOTIFY_STEP)
