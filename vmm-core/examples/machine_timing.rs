@@ -193,7 +193,7 @@ fn building_blocks(rounds: usize) -> Result<(), Error> {
 fn machine(backend: &Backend, vcpus: usize, stamps: &Arc<Stamps>) -> Result<Machine, Error> {
     let observer = Arc::clone(stamps) as Arc<dyn RunObserver>;
     let ram = GuestRam::map(backend)?;
-    Ok(Machine::new(MachineConfig { ram, vcpus, serial: Box::new(Nowhere), observer })?)
+    Ok(Machine::new(MachineConfig { ram, vcpus, serial: Box::new(Nowhere), observer, pci: None })?)
 }
 
 /// Builds a target while the source runs. It is told the CPUID as well, which does not change while a guest lives.
@@ -209,7 +209,7 @@ fn beating(backend: &Backend, vcpus: usize, stamps: &Arc<Stamps>) -> Result<(Mac
     let machine = machine(backend, vcpus, stamps)?;
     let kernel = KernelImage::BuiltIn { name: "payload", bytes: payload::ELF };
     let cmdline = format!("cpus={vcpus}");
-    let request = BootRequest { kernel, initrd: None, cmdline: &cmdline, vcpus };
+    let request = BootRequest { kernel, initrd: None, cmdline: &cmdline, vcpus, pci: false };
     let entry = boot::load(machine.ram().memory(), &request)?;
     machine.set_entry(&|regs, sregs| entry.apply(regs, sregs))?;
     machine.run()?;

@@ -3,6 +3,8 @@
 use std::io;
 use std::time::Duration;
 
+use cpr_core::error::BoxError;
+
 use crate::memory::MemoryError;
 use crate::ports::OverlapError;
 use crate::state::StateError;
@@ -140,6 +142,33 @@ pub enum MachineError {
     /// Two devices want the same ports.
     #[error("port devices")]
     Ports(#[from] OverlapError),
+    /// A device has a place on the bus that is not there, or taken.
+    #[error("device '{device}' cannot be in PCI slot {slot}: {reason}")]
+    Slot {
+        /// The device.
+        device: String,
+        /// The slot.
+        slot: u8,
+        /// What is wrong with it.
+        reason: &'static str,
+    },
+    /// A device could not be made, saved or loaded.
+    #[error("device '{device}'")]
+    Device {
+        /// The device.
+        device: String,
+        /// Why.
+        #[source]
+        source: BoxError,
+    },
+    /// Devices did not come to rest in time. The machine runs on.
+    #[error("{} did not come to rest within {deadline:?}", devices.join(", "))]
+    Restless {
+        /// Those that did not.
+        devices: Vec<String>,
+        /// The time limit that was given.
+        deadline: Duration,
+    },
     /// A thread, an eventfd or a signal handler could not be set up.
     #[error("cannot set up {what}")]
     Host {

@@ -15,6 +15,8 @@
 //! | I/O ports, MMIO, small devices, COM1 | [`ports`], [`platform`], [`serial`] |
 //! | disk images | [`block`] |
 //! | where a serial port's or console's output goes | [`output`] |
+//! | devices on the PCI bus, stopped, saved and served together | [`devices`] |
+//! | the PCI bus | [`pci`] |
 //! | virtio devices | [`virtio`] |
 //! | loading a kernel | [`boot`] |
 //! | a guest for tests and measurements | [`payload`] |
@@ -24,12 +26,15 @@
 
 pub mod block;
 pub mod boot;
+pub mod devices;
 pub mod error;
+mod io_thread;
 pub mod kvm;
 pub mod machine;
 pub mod memory;
 pub mod output;
 pub mod payload;
+pub mod pci;
 pub mod platform;
 pub mod ports;
 pub mod serial;

@@ -13,26 +13,34 @@
 
 use std::os::fd::{AsRawFd, RawFd};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
+use cpr_core::frame::{Frame, FrameWriter};
 use kvm_bindings::{kvm_regs, kvm_sregs};
 use kvm_ioctls::Kvm;
 use zerocopy::IntoBytes;
 
+use crate::devices::Devices;
+pub use crate::devices::{PciConfig, PciDevice};
 pub use crate::error::MachineError;
 use crate::kvm::{self, Capabilities, Vm};
 use crate::memory::GuestRam;
 use crate::output::OutputSink;
+use crate::pci::Hypervisor;
 use crate::platform::{self, Rtc};
 use crate::ports::{MmioBus, PortBus};
 use crate::serial::{COM1_IRQ, COM1_LEN, COM1_PORT, KvmIrqLine, Serial};
 use crate::state::{Blob, GsiRoute, MachineState, PlatformState, VcpuState};
 use crate::time::{Now, TimeState, realtime_ns};
 use crate::vcpu::{self, Environment, EventQueue, EventSender, RunObserver, Vcpus, event_queue};
+use crate::virtio::SectionVersions;
 use crate::vm_state;
 
 /// The most vCPUs that a machine has. The ACPI tables and the payload's mailboxes go this far.
 pub const MAX_VCPUS: usize = 64;
+
+/// The I/O thread rests long before, unless the machine has no CPU time for it.
+const RESTS_WITHIN: Duration = Duration::from_secs(5);
 
 /// What a machine is made of.
 pub struct MachineConfig {
@@ -44,12 +52,16 @@ pub struct MachineConfig {
     pub serial: Box<dyn OutputSink>,
     /// Who is told when the guest stands still and when it runs again.
     pub observer: Arc<dyn RunObserver>,
+    /// Its PCI bus, if it has one.
+    pub pci: Option<PciConfig>,
 }
 
 /// A virtual machine. Dropping it ends its vCPU threads.
 pub struct Machine {
     // First, so that the threads are gone before what they use.
     vcpus: Vcpus,
+    // Second, for the same reason.
+    devices: Option<Devices>,
     serial: Arc<Serial>,
     rtc: Arc<Rtc>,
     ports: Arc<PortBus>,
@@ -102,8 +114,11 @@ impl Machine {
         let serial = Arc::new(Serial::new(line, config.serial));
         ports.insert(COM1_PORT, COM1_LEN, "COM1", serial.clone())?;
         let rtc = platform::attach(&ports, &sender)?;
+        let hypervisor: Arc<dyn Hypervisor> = vm.clone();
+        let devices = |pci| Devices::new(pci, &config.ram, &hypervisor, &ports, &mmio);
         Ok(Self {
             vcpus,
+            devices: config.pci.map(devices).transpose()?,
             serial,
             rtc,
             ports,
@@ -137,6 +152,12 @@ impl Machine {
     pub fn ready_with(&self, made: &mut dyn FnMut()) -> Result<(), MachineError> {
         self.ensure_pit()?;
         self.vcpus.ready_with(made)
+    }
+
+    /// Has the devices of a machine that is built ahead of its state as they are likely to be: a guest that has not moved
+    /// them, and uses them. KVM may need longer for that than for all the rest of a restore.
+    pub fn prepare_devices(&self) {
+        self.devices.iter().for_each(Devices::prepare);
     }
 
     /// Maps the RAM that exists already, for this process and, where KVM can, for the guest: see
@@ -193,21 +214,37 @@ impl Machine {
         lock(&self.cpuid).clone()
     }
 
-    /// Lets the vCPUs run, or run again. Threads that rest are recalled.
+    /// Lets the vCPUs run, or run again, and the devices with them. Threads that rest are recalled.
     ///
     /// # Errors
-    /// A vCPU that does not exist any more, or has no thread and gets none.
+    /// A vCPU that does not exist any more, or has no thread and gets none; devices that get none.
     pub fn run(&self) -> Result<(), MachineError> {
         self.ready()?;
-        self.vcpus.resume()
+        self.vcpus.resume()?;
+        // Afterwards: a guest that waits for a device is better off than one that does not run.
+        self.devices.as_ref().map_or(Ok(()), Devices::go_on)
     }
 
-    /// Stops the vCPUs; returns when none runs. Devices and their threads are the owner's to stop.
+    /// Stops the vCPUs, then the devices; returns when no vCPU runs and no request to a device is under way.
     ///
     /// # Errors
-    /// [`MachineError::PauseTimedOut`] when a vCPU is held up longer than `deadline`. [`Machine::run`] undoes it.
+    /// [`MachineError::PauseTimedOut`] when a vCPU is held up longer than `deadline`; [`Machine::run`] undoes it.
+    /// [`MachineError::Restless`] when a device is; the machine runs on then.
     pub fn pause(&self, deadline: Duration) -> Result<(), MachineError> {
-        self.vcpus.pause(deadline)
+        let until = Instant::now() + deadline;
+        let Some(devices) = &self.devices else { return self.vcpus.pause(deadline) };
+        // So that its thread comes to rest while the vCPUs stop.
+        devices.want_rest();
+        let stopped = self.vcpus.pause(deadline);
+        let stopped = stopped.inspect_err(|_| self.undo_stop(devices.go_on()));
+        stopped.and_then(|()| devices.stop(until, deadline).inspect_err(|_| self.undo_stop(self.run())))
+    }
+
+    /// What is told is why the machine did not stop.
+    fn undo_stop(&self, undone: Result<(), MachineError>) {
+        if let Err(error) = undone {
+            tracing::error!(%error, "a machine that could not be stopped does not go on either");
+        }
     }
 
     /// Has the threads of the vCPUs rest as soon as these are stopped, until they run again: a
@@ -224,7 +261,10 @@ impl Machine {
     /// # Errors
     /// A vCPU that runs, or a thread that does not get there.
     pub fn rest_threads(&self) -> Result<(), MachineError> {
-        self.vcpus.rest_threads()
+        self.vcpus.rest_threads()?;
+        self.devices
+            .as_ref()
+            .map_or(Ok(()), |devices| devices.rest(Instant::now() + RESTS_WITHIN, RESTS_WITHIN))
     }
 
     /// Ends the rest of the threads, or starts a thread for each vCPU in the calling process, if that is not the one of
@@ -233,7 +273,8 @@ impl Machine {
     /// # Errors
     /// The vCPU for which no thread could be started. Those before it have theirs; a further call goes on with it.
     pub fn recall_threads(&self) -> Result<(), MachineError> {
-        self.vcpus.recall_threads()
+        self.vcpus.recall_threads()?;
+        self.devices.as_ref().map_or(Ok(()), Devices::recall)
     }
 
     /// Saves the state of a paused machine. The machine can run on afterwards.
@@ -305,7 +346,7 @@ impl Machine {
     }
 
     /// Puts a paused machine into the state after power-on: the guest keeps its CPUID, its clock goes on. `entry` is
-    /// as in [`Machine::set_entry`]. Reloading the kernel into RAM, and other devices, are the caller's.
+    /// as in [`Machine::set_entry`]. Reloading the kernel into RAM is the caller's.
     ///
     /// The state comes from a VM of the same shape that is made for the purpose: no snapshot of the start has to be
     /// kept, or carried through updates.
@@ -321,7 +362,34 @@ impl Machine {
         vm_state::restore_after_vcpus(&self.vm, &vm)?;
         self.serial.reset();
         self.rtc.restore(&PlatformState::default());
+        self.devices.iter().for_each(Devices::reset);
         self.enter_at(entry)
+    }
+
+    /// The names of devices that cannot be saved, and so forbid every update.
+    pub fn unsavable_devices(&self) -> Vec<&str> {
+        self.devices.iter().flat_map(Devices::unsavable).collect()
+    }
+
+    /// The sections of the PCI bus and its devices, each with its instance: what [`Machine::save_devices`] writes.
+    pub fn device_sections(&self) -> Vec<(u32, SectionVersions)> {
+        self.devices.iter().flat_map(Devices::sections).collect()
+    }
+
+    /// Writes the state of the PCI bus and its devices, of a paused machine. The machine can run on afterwards.
+    ///
+    /// # Errors
+    /// [`MachineError::Device`] with the one that cannot be saved.
+    pub fn save_devices(&self, main: &mut FrameWriter) -> Result<(), MachineError> {
+        self.devices.as_ref().map_or(Ok(()), |devices| devices.save(main))
+    }
+
+    /// Gives the PCI bus and the devices of a machine that has not run yet their state.
+    ///
+    /// # Errors
+    /// [`MachineError::Device`] with the one whose state is refused. The machine is of no use then.
+    pub fn load_devices(&self, main: &mut Frame) -> Result<(), MachineError> {
+        self.devices.as_ref().map_or(Ok(()), |devices| devices.load(main))
     }
 
     /// Has each vCPU tell its guest, before it runs again, that it stood still (`KVM_KVMCLOCK_CTRL`), so that the

@@ -20,11 +20,17 @@ fn ram(mib: u64) -> GuestMemoryMmap {
 
 fn built_in(bytes: &[u8]) -> BootRequest<'_> {
     let kernel = KernelImage::BuiltIn { name: "built-in", bytes };
-    BootRequest { kernel, initrd: None, cmdline: "console=ttyS0", vcpus: 1 }
+    BootRequest { kernel, initrd: None, cmdline: "console=ttyS0", vcpus: 1, pci: false }
 }
 
 fn file(path: &Path) -> BootRequest<'static> {
-    BootRequest { kernel: KernelImage::Path(path.to_owned()), initrd: None, cmdline: "", vcpus: 1 }
+    BootRequest {
+        kernel: KernelImage::Path(path.to_owned()),
+        initrd: None,
+        cmdline: "",
+        vcpus: 1,
+        pci: false,
+    }
 }
 
 fn bytes_at(ram: &GuestMemoryMmap, at: u64, len: usize) -> Vec<u8> {

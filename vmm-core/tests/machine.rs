@@ -252,7 +252,7 @@ fn a_long_mode_guest_survives_update_after_update() {
     let words = Words(&observing);
     let (mut source, _) = machine(&backend, VCPUS);
     let kernel = KernelImage::BuiltIn { name: "payload", bytes: payload::ELF };
-    let request = BootRequest { kernel, initrd: None, cmdline: "cpus=2", vcpus: VCPUS };
+    let request = BootRequest { kernel, initrd: None, cmdline: "cpus=2", vcpus: VCPUS, pci: false };
     let entry = boot::load(source.ram().memory(), &request).unwrap();
     source.set_entry(&|regs, sregs| entry.apply(regs, sregs)).unwrap();
     source.run().unwrap();
@@ -429,7 +429,7 @@ fn threads_rest_and_come_back_while_their_vcpus_stay() {
     let words = Words(&observing);
     let (machine, _) = machine(&backend, VCPUS);
     let kernel = KernelImage::BuiltIn { name: "payload", bytes: payload::ELF };
-    let request = BootRequest { kernel, initrd: None, cmdline: "cpus=3", vcpus: VCPUS };
+    let request = BootRequest { kernel, initrd: None, cmdline: "cpus=3", vcpus: VCPUS, pci: false };
     let entry = boot::load(machine.ram().memory(), &request).unwrap();
     machine.set_entry(&|regs, sregs| entry.apply(regs, sregs)).unwrap();
     machine.run().unwrap();
@@ -717,7 +717,7 @@ fn an_impossible_number_of_vcpus_is_refused() {
         let ram = vmm_core::memory::GuestRam::map(&backend(64 * MIB)).unwrap();
         let serial = Box::new(Console::default());
         let observer = Arc::new(vmm_core::vcpu::NoObserver);
-        let config = vmm_core::machine::MachineConfig { ram, vcpus, serial, observer };
+        let config = vmm_core::machine::MachineConfig { ram, vcpus, serial, observer, pci: None };
         let error = Machine::new(config).unwrap_err();
         assert!(matches!(error, MachineError::VcpuLimit { limit: 64, .. }), "{error}");
     }

@@ -6,6 +6,9 @@ use std::ops::RangeInclusive;
 use cpr_core::frame::{Frame, FrameError, FrameWriter, Section};
 use cpr_core::section::SectionType;
 
+/// Whether this program has machine types with a PCI bus.
+pub(crate) const HAS_PCI: bool = false;
+
 /// The versions that are read, and can be written.
 pub(crate) fn versions<T: SectionType>() -> RangeInclusive<u32> {
     match T::PREVIOUS {

@@ -6,6 +6,7 @@ pub mod app;
 pub mod arriving;
 pub mod chardev;
 pub mod cli;
+pub mod devices;
 pub mod errors;
 pub mod event_loop;
 pub mod formats;

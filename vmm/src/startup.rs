@@ -16,7 +16,7 @@ use std::time::Instant;
 use anyhow::{Context, bail};
 use cpr_core::fault::{self, Point};
 use cpr_core::ownership::Owner;
-use cpr_core::{Control, FdKind, FdPolicy, FdRegistry, Incoming, Services, Stamp};
+use cpr_core::{Blocker, Control, FdKind, FdPolicy, FdRegistry, Incoming, Services, Stamp};
 use cpr_exec::ExecArrival;
 use cpr_transfer::Listener;
 use oslib::signals::{self, SignalFd, SignalMask};
@@ -31,6 +31,7 @@ use crate::arriving::{Arriving, ExecRest, Predecessor};
 use crate::chardev::{self, Chardev, Output};
 use crate::cli::config::{self, Config, MemoryBackend, MonitorKind};
 use crate::cli::{self, Invocation};
+use crate::devices::{self, Backing, Consoles};
 use crate::monitor::mux::Mux;
 use crate::monitor::{Channel, SocketAddress};
 use crate::sandbox::Sandbox;
@@ -94,9 +95,6 @@ fn try_main(args: impl IntoIterator<Item = OsString>, started_ns: u64) -> anyhow
     trace::start(&config.trace)?;
     for warning in &config.warnings {
         tracing::warn!("{warning}");
-    }
-    if let Some(device) = config.devices.first() {
-        bail!("-device: {} is not wired up yet: this program has no PCI bus to put it on", device.describe());
     }
     let mut app = start(config, arrival)?;
     Ok(match app.run()? {
@@ -183,12 +181,15 @@ pub struct Hardware {
     pub(crate) memory: Backend,
     pub(crate) ram: GuestRam,
     pub(crate) machine: Machine,
+    /// Of devices that cannot be saved.
+    _blockers: Vec<Blocker>,
 }
 
 /// Guest RAM before there is a machine around it.
 pub(crate) struct Ram {
     memory: Backend,
     pub(crate) ram: GuestRam,
+    origin: RamOrigin,
 }
 
 /// Where the guest's RAM comes from.
@@ -206,35 +207,49 @@ pub(crate) enum RamOrigin {
 pub(crate) fn open_ram(config: &Config, registry: &FdRegistry, origin: RamOrigin) -> anyhow::Result<Ram> {
     let memory = open_memory(&config.memory, registry, origin)?;
     let ram = GuestRam::map(&memory)?;
-    Ok(Ram { memory, ram })
+    Ok(Ram { memory, ram, origin })
+}
+
+/// What a machine is connected to.
+pub(crate) struct HostSide<'a> {
+    pub(crate) services: &'a Services,
+    pub(crate) observer: &'a Arc<BlackoutObserver>,
+    pub(crate) chardevs: &'a [Chardev],
+    pub(crate) consoles: &'a Consoles,
 }
 
 impl Ram {
-    pub(crate) fn into_hardware(
-        self,
-        config: &Config,
-        output: Output,
-        observer: Arc<BlackoutObserver>,
-    ) -> anyhow::Result<Hardware> {
+    /// Builds the machine around it.
+    pub(crate) fn into_hardware(self, config: &Config, host: &HostSide<'_>) -> anyhow::Result<Hardware> {
+        let backing = Backing {
+            registry: &host.services.registry,
+            has_arrived: self.origin == RamOrigin::Registry,
+            chardevs: host.chardevs,
+            consoles: host.consoles,
+        };
         let machine = Machine::new(MachineConfig {
             ram: self.ram.clone(),
             vcpus: config.cpus.into(),
-            serial: Box::new(output),
-            observer,
+            serial: Box::new(serial_output(config, host.chardevs)),
+            observer: host.observer.clone(),
+            pci: devices::build(config, &backing)?,
         })?;
-        Ok(Hardware { memory: self.memory, ram: self.ram, machine })
+        let blockers = devices::block_updates(&machine, &host.services.blockers);
+        Ok(Hardware { memory: self.memory, ram: self.ram, machine, _blockers: blockers })
     }
 }
 
 impl Hardware {
     /// Does everything that the state is not needed for, while the guest runs elsewhere.
-    pub(crate) fn complete(&self, cpuid: &[Blob], control: &Control) -> anyhow::Result<()> {
+    pub(crate) fn complete(&self, config: &Config, cpuid: &[Blob], control: &Control) -> anyhow::Result<()> {
         let rendezvous = control.rendezvous();
         rendezvous.note_progress();
         self.machine.preset_cpuid(cpuid)?;
         rendezvous.note_progress();
         self.machine.ready_with(&mut || rendezvous.note_progress())?;
-        oslib::memory::warm_allocator(app::room_for_state(cpuid.len()));
+        self.machine.prepare_devices();
+        rendezvous.note_progress();
+        oslib::memory::warm_allocator(app::room_for_state(config));
         Ok(())
     }
 
@@ -263,7 +278,7 @@ impl Hardware {
 }
 
 /// The output of COM1's chardev.
-pub(crate) fn serial_output(config: &Config, chardevs: &[Chardev]) -> Output {
+fn serial_output(config: &Config, chardevs: &[Chardev]) -> Output {
     let serial = config.serial.as_ref().and_then(|id| chardevs.iter().find(|chardev| chardev.id() == id));
     serial.map(|chardev| chardev.output().clone()).unwrap_or_default()
 }
@@ -336,13 +351,14 @@ fn build(
         // The program that failed served the monitors meanwhile.
         states.iter_mut().for_each(|(state, _)| state.forget_output());
     }
+    let consoles = Consoles::new(&config)?;
     let (mut chardevs, mut front_ends) = (Vec::new(), Vec::new());
     for chardev_config in &config.chardevs {
         let identity = chardev::identity(chardev_config)?;
         let at = states.iter().position(|(state, _)| state.identity() == identity);
         let (chardev_state, users_state) = at.map(|at| states.swap_remove(at)).unzip();
         let took_over = chardev_state.is_some();
-        let mut front_end = front_end(chardev_config, &config)?;
+        let mut front_end = front_end(chardev_config, &config, &consoles)?;
         let chardev = if listening.is_some() && front_end.is_guests_only() && chardev::travels(chardev_config)
         {
             Chardev::awaited(chardev_config)?
@@ -368,8 +384,13 @@ fn build(
     let observer = Arc::new(BlackoutObserver::default());
     let hardware = match ram {
         Some(ram) => {
-            let output = serial_output(&config, &chardevs);
-            Some(ram.into_hardware(&config, output, observer.clone())?)
+            let host = HostSide {
+                services: &services,
+                observer: &observer,
+                chardevs: &chardevs,
+                consoles: &consoles,
+            };
+            Some(ram.into_hardware(&config, &host)?)
         }
         None => None,
     };
@@ -377,7 +398,7 @@ fn build(
         let control = arriving.incoming.control();
         if arriving.is_live() {
             // The guest runs meanwhile, so everything that can be done now is.
-            hardware.complete(&cpuid, control)?;
+            hardware.complete(&config, &cpuid, control)?;
         }
         fault::at(Point::Built).map_err(|error| anyhow::anyhow!(error))?;
         control.timeline().stamp(Stamp::Built);
@@ -394,6 +415,7 @@ fn build(
         original_mask,
         chardevs,
         front_ends,
+        consoles,
         settings,
         named_fds,
         run_state,
@@ -463,11 +485,17 @@ fn open_memory(
 pub(crate) const DEFAULT_HUGE_PAGE: u64 = 2 << 20;
 
 /// Who uses a character device.
-pub(crate) fn front_end(chardev: &config::ChardevConfig, config: &Config) -> anyhow::Result<FrontEnd> {
+pub(crate) fn front_end(
+    chardev: &config::ChardevConfig,
+    config: &Config,
+    consoles: &Consoles,
+) -> anyhow::Result<FrontEnd> {
     let mut users = Vec::new();
     if config.serial.as_ref() == Some(&chardev.id) {
         users.push(User::Serial(Default::default()));
     }
+    let ports = consoles.of_chardev(config, &chardev.id).into_iter();
+    users.extend(ports.map(|end| User::Console(end, Default::default())));
     for monitor in config.monitors.iter().filter(|monitor| monitor.chardev == chardev.id) {
         users.push(match monitor.kind {
             MonitorKind::Hmp => User::Hmp(None),
@@ -493,6 +521,7 @@ pub fn load_kernel(config: &Config, ram: &GuestRam) -> anyhow::Result<Entry> {
         initrd: config.boot.initrd.clone(),
         cmdline: config.boot.append.as_deref().unwrap_or_default(),
         vcpus: config.cpus.into(),
+        pci: config.machine.machine_type().has_pci(),
     };
     Ok(boot::load(ram.memory(), &request)?)
 }

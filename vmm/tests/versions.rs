@@ -31,7 +31,8 @@ impl Release {
     }
 
     fn machine(self) -> VmmBuilder {
-        VmmBuilder::new().binary(self.program())
+        // The newest one that both releases have.
+        VmmBuilder::new().binary(self.program()).args(&["-machine", "microvm-0.1"])
     }
 
     fn target(self) -> anyhow::Result<Vmm> {
@@ -335,9 +336,7 @@ fn a_program_of_the_release_before_refuses_by_name_what_it_does_not_read() -> an
 #[test]
 fn a_machine_type_can_be_named_and_one_that_is_not_there_is_refused() -> anyhow::Result<()> {
     need_kvm!();
-    // Named, not by the alias that every other test uses.
-    let args = ["-machine", "microvm-0.1"];
-    let mut vmm = Previous.machine().args(&args).start()?;
+    let mut vmm = Previous.machine().start()?;
     let guest = vmm.guest()?;
     let command = vmm.exec_command_of(&Current.program(), "memfd:");
     vmm.set_exec(&command)?;
@@ -348,8 +347,28 @@ fn a_machine_type_can_be_named_and_one_that_is_not_there_is_refused() -> anyhow:
     vmm.set_exec(&command)?;
     vmm.qmp().execute("migrate", json!({ "uri": "memfd:" }))?;
     let said = failure(&mut vmm)?;
-    let reason = "machine type 'microvm-9.9' is not supported (supported: microvm, microvm-0.1)";
+    let reason = "machine type 'microvm-9.9' is not supported (supported: microvm, microvm-0.1, microvm-0.2)";
     ensure!(said.contains(reason), "{said}");
+    guest.beats_on(0)?;
+    vmm.quit()
+}
+
+/// A guest on a machine that the release before does not have stays where it is.
+#[test]
+fn a_machine_type_that_the_release_before_does_not_have_does_not_go_down() -> anyhow::Result<()> {
+    need_kvm!();
+    let mut vmm = VmmBuilder::new().binary(Current.program()).start()?;
+    let guest = vmm.guest()?;
+    let command = vmm.exec_command_of(&Previous.program(), "memfd:");
+    vmm.set_exec(&command)?;
+    vmm.qmp().execute("migrate", json!({ "uri": "memfd:" }))?;
+    let said = failure(&mut vmm)?;
+    ensure!(said.contains("'microvm-0.2', which this program does not have (it has: microvm-0.1)"), "{said}");
+    guest.beats_on(0)?;
+    // And goes on with it in one that does.
+    let command = vmm.exec_command_of(&Current.program(), "memfd:");
+    vmm.set_exec(&command)?;
+    vmm.migrate("memfd:")?;
     guest.beats_on(0)?;
     vmm.quit()
 }

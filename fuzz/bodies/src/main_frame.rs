@@ -32,7 +32,7 @@ pub(crate) const TIME: &str = "kvm/time";
 /// The machine that the frames of this module are for.
 fn config() -> &'static Config {
     static CONFIG: OnceLock<Config> = OnceLock::new();
-    CONFIG.get_or_init(|| crate::command_line::config(&["-m", "64M", "-smp", "1"]))
+    CONFIG.get_or_init(|| crate::command_line::config(&["-M", "microvm-0.1", "-m", "64M", "-smp", "1"]))
 }
 
 /// Takes the machine out of a frame, as a target does before it gives it to KVM.
@@ -95,8 +95,11 @@ pub fn machine(data: &[u8]) -> bool {
 
 pub(crate) fn machine_seeds() -> Vec<Vec<u8>> {
     // How the guest ended, if it did: None, then a power-off.
-    let of = |machine: &str, ended: Option<u32>| to_body(&(machine, 64_u64 << 20, 1_u32, "running", ended));
-    vec![of("microvm-0.1", None), of("microvm-0.1", Some(0)), of("microvm", None)]
+    let no_devices = Vec::<(u8, &str, u16)>::new();
+    let of =
+        |ended: Option<u32>| to_body(&("microvm-0.1", 64_u64 << 20, 1_u32, &no_devices, "running", ended));
+    let of_version_1 = to_body(&("microvm", 64_u64 << 20, 1_u32, "running", None::<u32>));
+    vec![of(None), of(Some(0)), of_version_1]
 }
 
 /// The section `cpr-vmm/outside`, in a frame whose other sections are good.

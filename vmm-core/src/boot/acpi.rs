@@ -1,14 +1,19 @@
 //! The ACPI tables: how the kernel finds its processors, interrupt controllers, serial line and power switch.
 //!
 //! The platform is hardware-reduced ACPI: no SCI, no PM timer, no fixed events, no FACS; Linux then leaves PIC and PIT
-//! alone and routes everything through the I/O APIC, so that a device's interrupt must be named in its `_CRS`. There is
-//! no PCI here. The bytes depend on the number of vCPUs alone, and a change to them changes guest-visible hardware. The
+//! alone and routes everything through the I/O APIC, so that a device's interrupt must be named in its `_CRS`. The
+//! bytes depend on the number of vCPUs and on whether there is a PCI bus, and a change to them changes guest-visible
+//! hardware. The
 //! truth is the ACPI specification 6.5.
 
-use acpi_tables::aml::{Device, EISAName, IO, Interrupt, Name, Package, ResourceTemplate, Scope};
+use acpi_tables::aml::{
+    AddressSpace, AddressSpaceCacheable, Device, EISAName, IO, Interrupt, Memory32Fixed, Name, Package,
+    ResourceTemplate, Scope,
+};
 use acpi_tables::fadt::{FADTBuilder, Flags};
-use acpi_tables::gas::{AccessSize, AddressSpace, GAS};
+use acpi_tables::gas::{AccessSize, AddressSpace as GasSpace, GAS};
 use acpi_tables::madt::{EnabledStatus, IoApic, ProcessorLocalApic};
+use acpi_tables::mcfg::MCFG;
 use acpi_tables::rsdp::Rsdp;
 use acpi_tables::sdt::Sdt;
 use acpi_tables::xsdt::XSDT;
@@ -18,6 +23,7 @@ use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 use super::error::BootError;
 use super::layout::{ACPI_AREA, IOAPIC, LAPIC};
 use super::reset_vector;
+use crate::pci::{CONFIG_PORTS, ECAM, WINDOW};
 use crate::platform::{RESET_PORT, RESET_VALUE, SLEEP_CONTROL_PORT, SLEEP_STATUS_PORT, SLEEP_TYPE_OFF};
 use crate::serial::{COM1_IRQ, COM1_LEN, COM1_PORT};
 
@@ -37,12 +43,12 @@ const MADT_REVISION: u8 = 5;
 const DSDT_REVISION: u8 = 2;
 const SDT_HEADER_SIZE: usize = 36;
 
-/// Writes the tables to [`ACPI_AREA`] and returns the address of the RSDP.
+/// Writes the tables to [`ACPI_AREA`] and returns the address of the RSDP. `pci`: there is a PCI bus.
 ///
 /// # Panics
 /// If the tables of `vcpus` processors exceed the area; those of [`super::layout::MAX_VCPUS`] take a tenth of it.
-pub fn write(ram: &GuestMemoryMmap, vcpus: usize) -> Result<GuestAddress, BootError> {
-    let bytes = tables(vcpus);
+pub fn write(ram: &GuestMemoryMmap, vcpus: usize, pci: bool) -> Result<GuestAddress, BootError> {
+    let bytes = tables(vcpus, pci);
     assert!(bytes.len() as u64 <= reset_vector::ADDRESS.0 - ACPI_AREA.start);
     let rsdp = GuestAddress(ACPI_AREA.start);
     ram.write_slice(&bytes, rsdp)?;
@@ -50,10 +56,13 @@ pub fn write(ram: &GuestMemoryMmap, vcpus: usize) -> Result<GuestAddress, BootEr
 }
 
 /// All tables as they are from the start of [`ACPI_AREA`], the RSDP first.
-fn tables(vcpus: usize) -> Vec<u8> {
+fn tables(vcpus: usize, pci: bool) -> Vec<u8> {
     let mut area = Area { bytes: vec![0; Rsdp::len()] };
-    let dsdt = area.add(&dsdt(vcpus));
-    let entries = [area.add(&fadt(dsdt)), area.add(&madt(vcpus))];
+    let dsdt = area.add(&dsdt(vcpus, pci));
+    let mut entries = vec![area.add(&fadt(dsdt)), area.add(&madt(vcpus))];
+    if pci {
+        entries.push(area.add(&mcfg()));
+    }
     let mut xsdt = XSDT::new(OEM_ID, OEM_TABLE_ID, OEM_REVISION);
     entries.into_iter().for_each(|table| xsdt.add_entry(table));
     let xsdt = area.add(&xsdt);
@@ -87,7 +96,7 @@ fn table(signature: [u8; 4], revision: u8, body: &[u8]) -> Sdt {
 
 /// Fixed hardware: how to switch off and how to reset.
 fn fadt(dsdt: u64) -> impl Aml {
-    let port = |port: u16| GAS::new(AddressSpace::SystemIo, 8, 0, AccessSize::ByteAccess, port.into());
+    let port = |port: u16| GAS::new(GasSpace::SystemIo, 8, 0, AccessSize::ByteAccess, port.into());
     let mut fadt = FADTBuilder::new(OEM_ID, OEM_TABLE_ID, OEM_REVISION)
         .dsdt_64(dsdt)
         .flag(Flags::HwReducedAcpi)
@@ -135,14 +144,24 @@ fn local_nmi() -> [u8; 6] {
     [4, 6, ALL_PROCESSORS, 0, 0, 1]
 }
 
+/// Where PCI's configuration space is: of bus 0, which is all there is.
+fn mcfg() -> MCFG {
+    let mut mcfg = MCFG::new(OEM_ID, OEM_TABLE_ID, OEM_REVISION);
+    mcfg.add_ecam(ECAM.start, 0, 0, 0);
+    mcfg
+}
+
 /// Devices that cannot be found otherwise.
-fn dsdt(vcpus: usize) -> Sdt {
+fn dsdt(vcpus: usize, pci: bool) -> Sdt {
     let mut body = Vec::new();
     let off = [SLEEP_TYPE_OFF, 0, 0, 0];
     Name::new("_S5_".into(), &Package::new(off.iter().map(|value| value as &dyn Aml).collect()))
         .to_aml_bytes(&mut body);
     let processors: Vec<_> = ids(vcpus).map(Processor).collect();
     let mut devices: Vec<&dyn Aml> = vec![&Com1];
+    if pci {
+        devices.extend([&PciRoot as &dyn Aml, &Motherboard]);
+    }
     devices.extend(processors.iter().map(|processor| processor as &dyn Aml));
     Scope::new("_SB_".into(), devices).to_aml_bytes(&mut body);
     table(*b"DSDT", DSDT_REVISION, &body)
@@ -169,6 +188,58 @@ impl Aml for Com1 {
                         &Interrupt::new(true, true, false, false, COM1_IRQ),
                     ]),
                 ),
+            ],
+        )
+        .to_aml_bytes(sink);
+    }
+}
+
+/// The root of the PCI bus: its configuration ports, and where its devices may be.
+struct PciRoot;
+
+impl Aml for PciRoot {
+    fn to_aml_bytes(&self, sink: &mut dyn AmlSink) {
+        let (ports, ports_len) = (CONFIG_PORTS.start, (CONFIG_PORTS.end - CONFIG_PORTS.start) as u8);
+        Device::new(
+            "PCI0".into(),
+            vec![
+                &Name::new("_HID".into(), &EISAName::new("PNP0A08")),
+                &Name::new("_CID".into(), &EISAName::new("PNP0A03")),
+                &Name::new("_UID".into(), &0u8),
+                &Name::new("_SEG".into(), &0u8),
+                &Name::new("_BBN".into(), &0u8),
+                &Name::new(
+                    "_CRS".into(),
+                    &ResourceTemplate::new(vec![
+                        &AddressSpace::new_bus_number(0u16, 0u16),
+                        &IO::new(ports, ports, 1, ports_len),
+                        &AddressSpace::new_memory(
+                            AddressSpaceCacheable::NotCacheable,
+                            true,
+                            WINDOW.start as u32,
+                            (WINDOW.end - 1) as u32,
+                            None,
+                        ),
+                    ]),
+                ),
+            ],
+        )
+        .to_aml_bytes(sink);
+    }
+}
+
+/// Addresses that belong to the board: without it Linux does not believe in the configuration space of the MCFG.
+struct Motherboard;
+
+impl Aml for Motherboard {
+    fn to_aml_bytes(&self, sink: &mut dyn AmlSink) {
+        let ecam = Memory32Fixed::new(true, ECAM.start as u32, (ECAM.end - ECAM.start) as u32);
+        Device::new(
+            "MBRD".into(),
+            vec![
+                &Name::new("_HID".into(), &EISAName::new("PNP0C02")),
+                &Name::new("_UID".into(), &0u8),
+                &Name::new("_CRS".into(), &ResourceTemplate::new(vec![&ecam])),
             ],
         )
         .to_aml_bytes(sink);

@@ -30,6 +30,7 @@ pub(super) fn write_boot_params(
     mut header: setup_header,
     initrd: Option<Loaded>,
     rsdp: GuestAddress,
+    pci: bool,
 ) -> Result<GuestAddress, BootError> {
     header.type_of_loader = LOADER_UNDEFINED;
     header.code32_start = header.pref_address as u32;
@@ -40,7 +41,7 @@ pub(super) fn write_boot_params(
     }
     let mut params = boot_params { hdr: header, acpi_rsdp_addr: rsdp.raw_value(), ..Default::default() };
 
-    let map = e820(ram);
+    let map = e820(ram, pci);
     params.e820_entries = map.len() as u8;
     for (entry, range) in params.e820_table.iter_mut().zip(&map) {
         *entry = boot_e820_entry { addr: range.start, size: range.size, r#type: range.kind as u32 };

@@ -1,6 +1,7 @@
-//! The memory map that the kernel is given: RAM without the PC's hole below 1 MiB, and the ACPI tables.
+//! The memory map that the kernel is given: RAM without the PC's hole below 1 MiB, the ACPI tables, and PCI's configuration
+//! space, which Linux believes in only if it is reserved.
 //!
-//! It tells of RAM and of nothing else; device memory is announced by the ACPI tables alone. The numbers of the kinds
+//! Other device memory is announced by the ACPI tables alone. The numbers of the kinds
 //! are those of the BIOS call INT 15h, function E820h, which both boot protocols use (ACPI 6.5, table 15.374).
 
 use std::ops::Range;
@@ -10,6 +11,7 @@ use vm_memory::{Address, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion}
 use super::error::BootError;
 use super::layout::{ACPI_AREA, HIGH_START, HOLE_START};
 use crate::memory::LOW_RAM_END;
+use crate::pci::ECAM;
 
 /// What a range of the memory map is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -17,6 +19,8 @@ use crate::memory::LOW_RAM_END;
 pub enum E820Kind {
     /// RAM that the kernel may use.
     Ram = 1,
+    /// Not RAM, and not to be given to any device.
+    Reserved = 2,
     /// ACPI tables: the kernel may use the RAM once it has read them.
     Acpi = 3,
 }
@@ -32,9 +36,9 @@ pub struct E820Range {
     pub kind: E820Kind,
 }
 
-/// The memory map of a machine with this RAM, by ascending address.
-pub fn e820(ram: &GuestMemoryMmap) -> Vec<E820Range> {
-    map_of(&pieces(ram))
+/// The memory map of a machine with this RAM, by ascending address; `pci`: it has a PCI bus.
+pub fn e820(ram: &GuestMemoryMmap, pci: bool) -> Vec<E820Range> {
+    map_of(&pieces(ram), pci)
 }
 
 /// End of the RAM that starts at 0: everything needed at boot is placed below it.
@@ -60,7 +64,7 @@ fn pieces(ram: &GuestMemoryMmap) -> Vec<Range<u64>> {
     pieces
 }
 
-fn map_of(pieces: &[Range<u64>]) -> Vec<E820Range> {
+fn map_of(pieces: &[Range<u64>], pci: bool) -> Vec<E820Range> {
     let mut map = Vec::new();
     let mut push = |start: u64, end: u64, kind| {
         if start < end {
@@ -72,6 +76,10 @@ fn map_of(pieces: &[Range<u64>]) -> Vec<E820Range> {
         push(piece.start.max(ACPI_AREA.start), piece.end.min(ACPI_AREA.end), E820Kind::Acpi);
         push(piece.start.max(HIGH_START), piece.end, E820Kind::Ram);
     }
+    if pci {
+        push(ECAM.start, ECAM.end, E820Kind::Reserved);
+    }
+    map.sort_by_key(|range| range.start);
     map
 }
 
@@ -92,7 +100,7 @@ mod tests {
     #[test]
     fn ram_without_the_hole_and_with_high_memory() {
         assert_eq!(
-            flat(&map_of(&[0..LOW_RAM_END, 1 << 32..5 << 30])),
+            flat(&map_of(&[0..LOW_RAM_END, 1 << 32..5 << 30], false)),
             [
                 (0, 0xa_0000, 1),
                 (0xe_0000, 0x10_0000, 3),
@@ -103,11 +111,18 @@ mod tests {
     }
 
     #[test]
+    fn configuration_space_is_nobodys_memory() {
+        let map = map_of(&[0..LOW_RAM_END, 1 << 32..5 << 30], true);
+        assert_eq!(flat(&map)[3..], [(0xe000_0000, 0xe010_0000, 2), (0x1_0000_0000, 0x1_4000_0000, 1)]);
+        assert_eq!(map.len(), 5);
+    }
+
+    #[test]
     fn regions_that_touch_are_one() {
         let ram = ram(&[(0, 1 << 20), (1 << 20, 1 << 20), (4 << 20, 1 << 20)]);
         assert_eq!(pieces(&ram), [0..2 << 20, 4 << 20..5 << 20]);
         assert_eq!(low_end(&ram).unwrap(), 2 << 20);
-        assert_eq!(e820(&ram).len(), 4);
+        assert_eq!(e820(&ram, false).len(), 4);
     }
 
     #[test]

@@ -45,6 +45,8 @@ pub struct BootRequest<'a> {
     pub cmdline: &'a str,
     /// How many vCPUs the machine has, 1 to [`layout::MAX_VCPUS`]; their APIC ids are `0..vcpus`.
     pub vcpus: usize,
+    /// The machine has a PCI bus.
+    pub pci: bool,
 }
 
 /// Where the kernel comes from.
@@ -74,7 +76,7 @@ pub fn load(ram: &GuestMemoryMmap, request: &BootRequest<'_>) -> Result<Entry, B
         return Err(BootError::Vcpus { vcpus: request.vcpus });
     }
     let low_end = memory_map::low_end(ram)?;
-    let ranges = e820(ram).len();
+    let ranges = e820(ram, request.pci).len();
     if ranges > layout::MEMORY_MAP_MAX {
         return Err(BootError::RamPieces { ranges, max: layout::MEMORY_MAP_MAX });
     }
@@ -130,14 +132,14 @@ fn load_image<F: Read + ReadVolatile + Seek>(
     .map_err(|e| named(name, e))?;
     let initrd = initrd.map(|initrd| initrd.load(ram)).transpose()?;
     load_cmdline(ram, layout::CMDLINE, &cmdline).map_err(BootError::loader)?;
-    let rsdp = acpi::write(ram, request.vcpus)?;
+    let rsdp = acpi::write(ram, request.vcpus, request.pci)?;
     reset_vector::write(ram)?;
     entry::write_gdt(ram, placement.protocol)?;
     let info = match header {
-        None => pvh::write_start_info(ram, initrd, rsdp)?,
+        None => pvh::write_start_info(ram, initrd, rsdp, request.pci)?,
         Some(header) => {
             linux64::write_page_tables(ram)?;
-            linux64::write_boot_params(ram, header, initrd, rsdp)?
+            linux64::write_boot_params(ram, header, initrd, rsdp, request.pci)?
         }
     };
     Ok(Entry::new(placement.protocol, placement.entry, info))

@@ -21,8 +21,9 @@ pub(super) fn write_start_info(
     ram: &GuestMemoryMmap,
     initrd: Option<Loaded>,
     rsdp: GuestAddress,
+    pci: bool,
 ) -> Result<GuestAddress, BootError> {
-    let map: Vec<_> = e820(ram)
+    let map: Vec<_> = e820(ram, pci)
         .iter()
         .map(|range| hvm_memmap_table_entry {
             addr: range.start,

@@ -1,14 +1,17 @@
 //! The VM descriptor and the RAM it maps.
 
-use std::os::fd::{AsRawFd, RawFd};
+use std::mem::ManuallyDrop;
+use std::os::fd::{AsRawFd, FromRawFd, RawFd};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use kvm_bindings as kb;
-use kvm_ioctls::{Cap, Kvm, VmFd};
+use kvm_ioctls::{Cap, IoEventAddress, Kvm, NoDatamatch, VmFd};
+use oslib::eventfd::EventFd;
 
 use super::{Vcpu, xsave_len};
 use crate::error::KvmError;
 use crate::memory::GuestRam;
+use crate::pci::Hypervisor;
 
 /// Guest-physical address of the three pages that KVM on Intel uses for a task state segment. Below the
 /// firmware area, above every device of ours; the value that QEMU and Firecracker use.
@@ -107,6 +110,40 @@ impl Vm {
     /// Tells whether `KVM_GET_XSAVE2` exists.
     pub fn has_xsave2(&self) -> bool {
         self.xsave2 > 0
+    }
+}
+
+/// A doorbell as `kvm-ioctls` wants it, which borrows the descriptor.
+fn borrowed(doorbell: &EventFd) -> ManuallyDrop<vmm_sys_util::eventfd::EventFd> {
+    // SAFETY: the descriptor is that of an eventfd, and open for as long as `doorbell` is borrowed; what is made of it is
+    // used within one call, and never dropped, so it is not closed twice.
+    ManuallyDrop::new(unsafe { vmm_sys_util::eventfd::EventFd::from_raw_fd(doorbell.as_raw_fd()) })
+}
+
+impl Hypervisor for Vm {
+    fn send_message(&self, address: u64, data: u32) {
+        let message = kb::kvm_msi {
+            address_lo: address as u32,
+            address_hi: (address >> 32) as u32,
+            data,
+            ..Default::default()
+        };
+        // It tells of messages to nobody; the guest wrote them.
+        if let Err(error) = self.fd.signal_msi(message) {
+            tracing::debug!(%error, address, data, "an interrupt message leads nowhere");
+        }
+    }
+
+    fn attach_doorbell(&self, address: u64, doorbell: &EventFd) -> Result<(), KvmError> {
+        self.fd
+            .register_ioevent(&borrowed(doorbell), &IoEventAddress::Mmio(address), NoDatamatch)
+            .map_err(KvmError::of("KVM_IOEVENTFD"))
+    }
+
+    fn detach_doorbell(&self, address: u64, doorbell: &EventFd) -> Result<(), KvmError> {
+        self.fd
+            .unregister_ioevent(&borrowed(doorbell), &IoEventAddress::Mmio(address), NoDatamatch)
+            .map_err(KvmError::of("KVM_IOEVENTFD (deassign)"))
     }
 }
 

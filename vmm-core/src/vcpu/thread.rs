@@ -42,11 +42,16 @@ pub(crate) struct Environment {
     pub(crate) caps: Capabilities,
 }
 
-/// Signals that a vCPU thread lets through: the kick, and those that tell of its own mistakes.
-fn thread_mask() -> SignalMask {
+/// A thread of the machine lets no signals through but those that tell of its own mistakes.
+pub(crate) fn quiet_mask() -> SignalMask {
     const FAULTS: [i32; 7] =
         [libc::SIGSEGV, libc::SIGBUS, libc::SIGILL, libc::SIGFPE, libc::SIGABRT, libc::SIGTRAP, libc::SIGSYS];
-    FAULTS.into_iter().fold(SignalMask::ALL.without(kick_signal()), SignalMask::without)
+    FAULTS.into_iter().fold(SignalMask::ALL, SignalMask::without)
+}
+
+/// Those of a vCPU thread are kicked as well.
+fn thread_mask() -> SignalMask {
+    quiet_mask().without(kick_signal())
 }
 
 pub(super) struct VcpuThread {

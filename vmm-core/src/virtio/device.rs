@@ -18,7 +18,8 @@ pub struct Class {
     pub pci: (u8, u8),
 }
 
-/// A device's name for a descriptor that it watches.
+/// A device's name for a descriptor that it watches. A descriptor that takes another one's place, perhaps under the same
+/// number, gets another name: by that it is told that it is a new one.
 pub type WatchToken = u32;
 
 /// For what a descriptor is watched.

@@ -17,9 +17,12 @@ pub mod rng;
 
 mod device;
 mod driver;
+pub mod pci;
 mod requests;
 #[cfg(test)]
 mod test_driver;
+#[cfg(test)]
+pub(crate) mod testing;
 
 pub use device::{
     Broken, Class, Direction, Drained, Persistent, SectionVersions, VirtioDevice, Watch, WatchToken,

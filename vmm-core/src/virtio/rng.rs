@@ -198,7 +198,7 @@ impl VirtioDevice for Rng {
 
 /// Nothing: says that the device was there.
 #[derive(Debug, Serialize, Deserialize)]
-struct RngState {}
+pub struct RngState {}
 
 impl SectionType for RngState {
     const NAME: &'static str = "virtio-rng";

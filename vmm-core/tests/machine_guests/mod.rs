@@ -131,7 +131,7 @@ pub(crate) fn observed(
     let console = Console::default();
     let ram = GuestRam::map(backend).unwrap();
     let serial = Box::new(console.clone());
-    (Machine::new(MachineConfig { ram, vcpus, serial, observer }).unwrap(), console)
+    (Machine::new(MachineConfig { ram, vcpus, serial, observer, pci: None }).unwrap(), console)
 }
 
 /// Starts at [`ENTRY`] in flat 32-bit mode without paging.

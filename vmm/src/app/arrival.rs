@@ -125,9 +125,8 @@ impl App {
         let parts = &mut self.parts;
         parts.named_fds.extend(find_named_fds(&named_fds, &parts.services.registry));
         let ram = startup::open_ram(&parts.config, &parts.services.registry, RamOrigin::Registry)?;
-        let output = startup::serial_output(&parts.config, &parts.chardevs);
-        let hardware = ram.into_hardware(&parts.config, output, parts.observer.clone())?;
-        hardware.complete(&cpuid, &control)?;
+        let hardware = parts.build_hardware(&parts.config, ram)?;
+        hardware.complete(&parts.config, &cpuid, &control)?;
         hardware.populate(&control)?;
         fault::at(Point::Built).map_err(|error| anyhow::anyhow!(error))?;
         control.timeline().stamp(Stamp::Built);

@@ -29,7 +29,6 @@ pub enum User {
     /// COM1; holds input that its FIFO has no room for.
     Serial(VecDeque<u8>),
     /// A port of a virtio console; holds input that it has no room for.
-    #[allow(dead_code, reason = "the command line has no devices yet")]
     Console(HostEnd, VecDeque<u8>),
     /// A monitor for people. `None` while nobody is connected.
     Hmp(Option<Box<hmp::Session>>),

@@ -76,13 +76,16 @@ const STATE_LEN: usize = 32 << 10;
 /// Bytes of state of a vCPU, of which its extended registers are the most.
 const VCPU_LEN: usize = 24 << 10;
 
-fn state_len(vcpus: usize) -> usize {
-    STATE_LEN + vcpus * VCPU_LEN
+/// Bytes of state of a device with its transport, of which the MSI-X table is the most.
+const DEVICE_LEN: usize = 8 << 10;
+
+fn state_len(vcpus: usize, devices: usize) -> usize {
+    STATE_LEN + vcpus * VCPU_LEN + devices * DEVICE_LEN
 }
 
 /// Bytes of memory for the state and its encoded form.
-pub fn room_for_state(vcpus: usize) -> usize {
-    2 * state_len(vcpus)
+pub fn room_for_state(config: &Config) -> usize {
+    2 * state_len(config.cpus.into(), config.devices.len())
 }
 
 /// What was loaded and must wait for the commit.
@@ -501,6 +504,7 @@ impl App {
         }
         formats::put(main, 0, &machine.serial)?;
         formats::put(main, 0, &machine.platform)?;
+        self.hardware()?.machine.save_devices(main)?;
         // Sent by whoever has the guest in the end, and by nobody before.
         let unsent = self.serial_chardev().map(|at| self.parts.chardevs[at].output().hold());
         let outside =
@@ -526,7 +530,9 @@ impl App {
             time.go_on(&mut state, &Now::read().context("the time of the guest cannot be set")?);
         }
         self.state_before_update = run_state;
-        self.hardware()?.machine.restore(&state).context("the machine refuses the state")?;
+        let machine = &self.hardware()?.machine;
+        machine.restore(&state).context("the machine refuses the state")?;
+        machine.load_devices(main).context("the machine refuses the state")?;
         self.loaded = Loaded { outside, ended, serial_input, consoles };
         Ok(())
     }
@@ -746,7 +752,7 @@ impl Host for App {
         }
         let state = self.early_state()?;
         // What is saved next is saved while the guest stands still.
-        oslib::memory::warm_allocator(room_for_state(self.parts.config.cpus.into()));
+        oslib::memory::warm_allocator(room_for_state(&self.parts.config));
         Ok(formats::put(early, 0, &state)?)
     }
 
@@ -757,7 +763,7 @@ impl Host for App {
     }
 
     fn state_len_hint(&self) -> usize {
-        state_len(self.parts.config.cpus.into())
+        state_len(self.parts.config.cpus.into(), self.parts.config.devices.len())
     }
 
     fn before_departure(&mut self) -> Result<(), BoxError> {

@@ -39,12 +39,13 @@ use oslib::signals::{SignalFd, SignalMask};
 use crate::arriving::Arriving;
 use crate::chardev::{Chardev, Direction};
 use crate::cli::config::{Config, Incoming};
+use crate::devices::Consoles;
 use crate::errors;
 use crate::event_loop::{EventLoop, Interest, Ready, Token};
 use crate::migration::{Progress, Settings, Status};
 use crate::monitor::Channels;
 use crate::sandbox::Sandbox;
-use crate::startup::{self, Hardware};
+use crate::startup::{self, Hardware, HostSide, Ram};
 
 pub use front_ends::{FrontEnd, User};
 use host::Loaded;
@@ -86,6 +87,7 @@ pub struct Parts {
     pub(crate) original_mask: SignalMask,
     pub(crate) chardevs: Vec<Chardev>,
     pub(crate) front_ends: Vec<FrontEnd>,
+    pub(crate) consoles: Consoles,
     pub(crate) settings: Settings,
     pub(crate) named_fds: BTreeMap<String, Arc<OwnedFd>>,
     pub(crate) run_state: RunState,
@@ -94,6 +96,14 @@ pub struct Parts {
     pub(crate) listening: Option<Listener>,
     /// The guest is in storage, and was not fetched yet.
     pub(crate) in_storage: bool,
+}
+
+impl Parts {
+    /// Builds the machine around the guest's RAM, connected to what there is.
+    fn build_hardware(&self, config: &Config, ram: Ram) -> anyhow::Result<Hardware> {
+        let Parts { services, observer, chardevs, consoles, .. } = self;
+        ram.into_hardware(config, &HostSide { services, observer, chardevs, consoles })
+    }
 }
 
 /// The running program.

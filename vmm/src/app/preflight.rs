@@ -13,6 +13,7 @@ use cpr_exec::MainChannel;
 use cpr_exec::PreflightRequest;
 use serde::{Deserialize, Serialize};
 use vmm_core::kvm::{self, Capabilities};
+use vmm_core::machine::Machine;
 use vmm_core::state::{PlatformState, SerialState, VcpuState, VmState};
 
 use super::App;
@@ -21,6 +22,7 @@ use super::host::{ConsoleLine, EarlyState, MachineSection, OutsideSection, Seria
 use crate::chardev;
 use crate::cli::config::{Config, DeviceConfig, Incoming, MemoryBackend, MemoryConfig};
 use crate::cli::{self, Invocation};
+use crate::devices;
 use crate::errors;
 use crate::formats;
 use crate::migration::exec_channel;
@@ -186,15 +188,21 @@ impl RamManifest {
 impl App {
     /// What the next program is shown.
     pub(super) fn show_machine(&self) -> Manifest {
+        let mut manifest = manifest_of(&self.parts.config, self.moves_out);
+        let machine = self.hardware().map(|hardware| &hardware.machine);
+        for (instance, (name, versions)) in machine.map(Machine::device_sections).unwrap_or_default() {
+            manifest = manifest.section(name, instance, versions);
+        }
         let consoles = self.parts.front_ends.iter().filter(|front_end| front_end.has_console());
         let (name, versions) = row::<ConsoleLine>();
-        consoles.zip(0..).fold(manifest_of(&self.parts.config, self.moves_out), |manifest, (_, instance)| {
-            manifest.section(name, instance, versions.clone())
-        })
+        consoles
+            .zip(0..)
+            .fold(manifest, |manifest, (_, instance)| manifest.section(name, instance, versions.clone()))
     }
 }
 
-/// The manifest of a machine with this configuration; `moves_out`: its guest moves to another process.
+/// The manifest of a machine with this configuration, without the sections of its devices, which only these know; `moves_out`:
+/// its guest moves to another process.
 pub fn manifest_of(config: &Config, moves_out: bool) -> Manifest {
     let mut manifest = MachineManifest::of(config).put_into(Manifest::default());
     let devices = (!config.devices.is_empty()).then(devices);
@@ -223,7 +231,8 @@ pub fn judge_shown(
     for (name, versions) in sections() {
         catalogue = catalogue.requires(name, versions);
     }
-    for (name, versions) in [devices(), moving(), row::<ConsoleLine>()] {
+    let optional = [self::devices(), moving(), row::<ConsoleLine>()];
+    for (name, versions) in optional.into_iter().chain(devices::sections()) {
         catalogue = catalogue.reads(name, versions);
     }
     let machine = match MachineManifest::find_in(manifest) {
@@ -249,14 +258,16 @@ pub fn judge_shown(
 fn check_shape(guest: &MachineShape, config: &Config) -> anyhow::Result<()> {
     let mut config = config.clone();
     config.machine.adopt(&guest.machine_type).map_err(anyhow::Error::msg)?;
+    devices::check_bus(&config)?;
     guest.check(&MachineShape::of(&config))
 }
 
 /// What would be found wrong with character devices when they are opened, without opening them.
 fn check_front_ends(config: &Config) -> anyhow::Result<()> {
+    let consoles = devices::Consoles::new(config)?;
     for chardev in &config.chardevs {
         chardev::identity(chardev)?;
-        startup::front_end(chardev, config)?;
+        startup::front_end(chardev, config, &consoles)?;
     }
     Ok(())
 }
@@ -364,7 +375,9 @@ mod tests {
         let later = MachineShape { machine_type: "microvm-9.9".into(), ..own.clone() };
         let said = check_shape(&later, &config(MEMFD)).unwrap_err().to_string();
         assert!(
-            said.ends_with("'microvm-9.9', which this program does not have (it has: microvm-0.1)"),
+            said.ends_with(
+                "'microvm-9.9', which this program does not have (it has: microvm-0.1, microvm-0.2)"
+            ),
             "{said}"
         );
         let other = |change: fn(&mut MachineShape)| {
@@ -377,7 +390,7 @@ mod tests {
         let said = other(|guest| guest.vcpus = 9);
         assert_eq!(said, "the guest has 9 vCPUs, the command line says 1");
         let said = other(|guest| guest.machine_type = "q35".into());
-        assert_eq!(said, "the guest's machine type is 'q35', this program has 'microvm-0.1'");
+        assert_eq!(said, "the guest's machine type is 'q35', this program has 'microvm-0.2'");
     }
 
     #[test]

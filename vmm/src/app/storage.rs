@@ -140,8 +140,7 @@ impl App {
                 state.read_ram(at, &mut |offset, bytes| ram.ram.write_at(offset, bytes))?;
             }
         }
-        let output = startup::serial_output(config, &self.parts.chardevs);
-        let hardware = ram.into_hardware(config, output, self.parts.observer.clone())?;
+        let hardware = self.parts.build_hardware(config, ram)?;
         fault::at(Point::Built).map_err(|error| anyhow!(error))?;
         Ok(hardware)
     }

@@ -134,21 +134,26 @@ impl MachineConfig {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct MachineType(&'static str);
 
-/// Every machine type, the oldest first. `microvm`: no firmware, no legacy beyond serial port, PIC and PIT.
-pub const MACHINE_TYPES: &[MachineType] = &[MachineType("microvm-0.1")];
+/// The machine type of before there was PCI.
+const WITHOUT_PCI: MachineType = MachineType("microvm-0.1");
+
+/// Every machine type, the oldest first. `microvm`: no firmware, no legacy beyond serial port, PIC and PIT; from 0.2 on with
+/// a PCI bus.
+pub const MACHINE_TYPES: &[MachineType] =
+    if crate::formats::HAS_PCI { &[WITHOUT_PCI, MachineType("microvm-0.2")] } else { &[WITHOUT_PCI] };
 
 impl MachineType {
     /// The name of whichever is the newest.
     pub const ALIAS: &'static str = "microvm";
 
-    /// Whether it has a PCI bus.
-    pub fn has_pci(self) -> bool {
-        self.0 != "microvm-0.1"
-    }
-
     /// Its full name.
     pub fn name(self) -> &'static str {
         self.0
+    }
+
+    /// Whether it has a PCI bus.
+    pub fn has_pci(self) -> bool {
+        self != WITHOUT_PCI
     }
 
     /// The newest.
@@ -327,6 +332,7 @@ mod tests {
             assert_eq!(MachineType::find(known.name()), Some(known));
         }
         assert_eq!(MachineType::find(MachineType::ALIAS), None);
-        assert_eq!(MachineType::newest().name(), "microvm-0.1");
+        assert_eq!(MachineType::newest().name(), "microvm-0.2");
+        assert_eq!(MACHINE_TYPES.iter().map(|known| known.has_pci()).collect::<Vec<_>>(), [false, true]);
     }
 }

@@ -308,10 +308,13 @@ fn mistakes_are_named() {
         ("-", "-: unknown option"),
         ("-m", "-m: a value must follow (-m [size=]SIZE)"),
         ("-M foo=1", "-M: unknown property 'foo' (known: type, memory-backend, aux-ram-share, accel)"),
-        ("-machine q35", "-machine: machine type 'q35' is not supported (supported: microvm, microvm-0.1)"),
         (
-            "-M microvm-0.2",
-            "-M: machine type 'microvm-0.2' is not supported (supported: microvm, microvm-0.1)",
+            "-machine q35",
+            "-machine: machine type 'q35' is not supported (supported: microvm, microvm-0.1, microvm-0.2)",
+        ),
+        (
+            "-M microvm-9.9",
+            "-M: machine type 'microvm-9.9' is not supported (supported: microvm, microvm-0.1, microvm-0.2)",
         ),
         ("-machine aux-ram-share=maybe", "-machine: property 'aux-ram-share': 'maybe' is neither on nor off"),
         ("-machine memory-backend=x", "-machine: unknown memory backend 'x' (known: none)"),
@@ -438,7 +441,7 @@ fn machine_types_have_versions_and_an_alias() {
         let Ok(Invocation::Help(text)) = invoke(line) else { panic!("{line}") };
         assert_eq!(
             text,
-            "Supported machines are:\nmicrovm              alias of microvm-0.1, the default\nmicrovm-0.1\n"
+            "Supported machines are:\nmicrovm              alias of microvm-0.2, the default\nmicrovm-0.2\nmicrovm-0.1\n"
         );
     }
 }

@@ -31,7 +31,6 @@ fn walk(area: &[u8]) -> [&[u8]; 3] {
     assert_eq!((sum(&area[..20]), sum(&area[..36])), (0, 0));
     assert_eq!((area[15], u32_at(area, 20)), (2, 36));
     let xsdt = table_at(area, u64_at(area, 24), b"XSDT");
-    assert_eq!(xsdt.len(), 36 + 2 * 8);
     let fadt = table_at(area, u64_at(xsdt, 36), b"FACP");
     let madt = table_at(area, u64_at(xsdt, 44), b"APIC");
     [fadt, madt, table_at(area, u64_at(fadt, 140), b"DSDT")]
@@ -40,7 +39,7 @@ fn walk(area: &[u8]) -> [&[u8]; 3] {
 #[test]
 fn every_table_is_found_and_sums_to_zero() {
     for vcpus in [1, 2, 3, 64, MAX_VCPUS] {
-        let area = tables(vcpus);
+        let area = tables(vcpus, false);
         walk(&area);
         assert!(area.len() as u64 <= (ACPI_AREA.end - ACPI_AREA.start) / 4, "{vcpus} vCPUs: {}", area.len());
     }
@@ -48,7 +47,7 @@ fn every_table_is_found_and_sums_to_zero() {
 
 #[test]
 fn fadt_is_hardware_reduced_with_power_and_reset_ports() {
-    let area = tables(1);
+    let area = tables(1, false);
     let [fadt, ..] = walk(&area);
     assert_eq!((fadt[8], fadt.len()), (6, 276));
     let flags = u32_at(fadt, 112);
@@ -66,7 +65,7 @@ fn fadt_is_hardware_reduced_with_power_and_reset_ports() {
 #[test]
 fn madt_names_each_processor_once() {
     for vcpus in [1, 2, MAX_VCPUS] {
-        let area = tables(vcpus);
+        let area = tables(vcpus, false);
         let [_, madt, _] = walk(&area);
         assert_eq!((u32_at(madt, 36), u32_at(madt, 40)), (0xfee0_0000, 1));
         let mut entries = &madt[44..];
@@ -91,7 +90,7 @@ fn madt_names_each_processor_once() {
 
 #[test]
 fn dsdt_has_a_processor_device_for_each_vcpu() {
-    let area = tables(MAX_VCPUS);
+    let area = tables(MAX_VCPUS, false);
     let [.., dsdt] = walk(&area);
     let count = |what: &[u8]| dsdt.windows(what.len()).filter(|window| *window == what).count();
     assert_eq!((count(b"ACPI0007"), count(b"C000"), count(b"C0FE"), count(b"C0FF")), (255, 1, 1, 0));
@@ -99,13 +98,35 @@ fn dsdt_has_a_processor_device_for_each_vcpu() {
     assert_eq!(count(&[0x47, 1, 0xf8, 3, 0xf8, 3, 1, 8, 0x89, 6, 0, 0b0011, 1, 4, 0, 0, 0]), 1);
 }
 
+#[test]
+fn a_pci_bus_is_announced() {
+    let area = tables(2, true);
+    let [.., dsdt] = walk(&area);
+    let xsdt = table_at(&area, u64_at(&area, 24), b"XSDT");
+    assert_eq!(xsdt.len(), 36 + 3 * 8);
+    let mcfg = table_at(&area, u64_at(xsdt, 52), b"MCFG");
+    assert_eq!((mcfg.len(), u64_at(mcfg, 44), &mcfg[52..56]), (60, 0xe000_0000, &[0, 0, 0, 0][..]));
+    let count = |what: &[u8]| dsdt.windows(what.len()).filter(|window| *window == what).count();
+    assert_eq!((count(b"PCI0"), count(b"MBRD")), (1, 1));
+    // A window of memory, 0xc0000000 to 0xdfffffff, and its length at the end.
+    let window = [0, 0, 0, 0xc0, 0xff, 0xff, 0xff, 0xdf, 0, 0, 0, 0, 0, 0, 0, 0x20];
+    assert_eq!(count(&window), 1);
+    // A fixed range of memory, and the ports.
+    assert_eq!(count(&[0x86, 9, 0, 1, 0, 0, 0, 0xe0, 0, 0, 0x10, 0]), 1);
+    assert_eq!(count(&[0x47, 1, 0xf8, 0xc, 0xf8, 0xc, 1, 8]), 1);
+    let [.., without] = walk(&tables(2, false)).map(<[u8]>::to_vec);
+    assert!(!without.windows(4).any(|window| window == b"PCI0"));
+}
+
 /// A running guest keeps the tables it booted with; a restarted one shall find the same. A difference here is a new
 /// machine version, not a new golden file. (`xxd -r -p` and `iasl -d` make the file readable.)
 #[test]
 fn bytes_are_those_that_were_shipped() {
-    let hex: String = tables(2)
-        .chunks(32)
-        .map(|line| line.iter().map(|byte| format!("{byte:02x}")).collect::<String>() + "\n")
-        .collect();
-    assert_eq!(hex, include_str!("tables-2-vcpus.hex"), "\n{hex}");
+    let hex = |pci| -> String {
+        let line = |line: &[u8]| line.iter().map(|byte| format!("{byte:02x}")).collect::<String>() + "\n";
+        tables(2, pci).chunks(32).map(line).collect()
+    };
+    let (without, with) = (hex(false), hex(true));
+    assert_eq!(without, include_str!("tables-2-vcpus.hex"), "\n{without}");
+    assert_eq!(with, include_str!("tables-2-vcpus-pci.hex"), "\n{with}");
 }

@@ -22,7 +22,8 @@ use virtio_queue::QueueOwnedT;
 
 use self::control::{FromDriver, HEADER_LEN, Message, Owed};
 pub use self::host::{HostEnd, INBOX_LEN, Size};
-use self::state::{ConsoleState, PortState};
+pub use self::state::ConsoleState;
+use self::state::PortState;
 use super::requests::{self, AnotherTurn};
 use super::{
     Broken, Class, Direction, Drained, Driver, Persistent, SectionVersions, VirtioDevice, Watch, WatchToken,

@@ -9,7 +9,7 @@ use crate::state::{Blob, StateError};
 
 /// The device.
 #[derive(Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub(super) struct ConsoleState {
+pub struct ConsoleState {
     /// Every port, by number.
     pub(super) ports: Vec<PortState>,
 }

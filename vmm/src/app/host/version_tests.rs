@@ -20,7 +20,7 @@ const EARLY: &[u8] = include_bytes!("../../../tests/fixtures/versions-1.early");
 const MAIN: &[u8] = include_bytes!("../../../tests/fixtures/versions-1.main");
 
 fn config() -> Config {
-    let args = ["-m", "64M", "-nodefaults"].map(Into::into);
+    let args = ["-m", "64M", "-nodefaults", "-M", "microvm-0.1"].map(Into::into);
     match cli::parse(args) {
         Ok(Invocation::Run(config)) => *config,
         other => panic!("{other:?}"),

@@ -1,0 +1,374 @@
+//! The thread that serves virtio devices: their queues' doorbells, and the descriptors that they watch.
+//!
+//! One thread for all of them. It works while the guest runs, and rests while the guest is stopped: it touches nothing
+//! then, and holds or owns nothing, so that an exec may end it at any instruction, as it does with the threads of vCPUs
+//! (`vcpu/slot.rs`). Whoever takes its memory into another process gets a new one there. What it waits by, an epoll
+//! instance, is made anew each time: one that was copied into another process would know descriptors of the first.
+
+use std::collections::BTreeMap;
+use std::os::fd::{AsRawFd, RawFd};
+use std::sync::atomic::{AtomicU8, Ordering};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use oslib::signals;
+use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
+
+use crate::error::MachineError;
+use crate::vcpu;
+use crate::virtio::pci::{Bell, VirtioPci};
+use crate::virtio::{Direction, WatchToken};
+
+/// Events that are taken at once.
+const BATCH: usize = 64;
+/// Stack of the thread, in bytes.
+const STACK_LEN: usize = 512 * 1024;
+/// How long to wait for the system to have an epoll instance again.
+const TRY_AGAIN: Duration = Duration::from_millis(100);
+
+/// What the thread is to do, and does.
+mod rest {
+    /// It serves devices.
+    pub(super) const NO: u8 = 0;
+    /// It is to rest.
+    pub(super) const WANTED: u8 = 1;
+    /// It rests.
+    pub(super) const YES: u8 = 2;
+    /// It is to end.
+    pub(super) const QUIT: u8 = 3;
+}
+
+/// The thread as its owner sees it.
+pub(crate) struct IoThread {
+    shared: Arc<Shared>,
+    thread: Mutex<Option<Owned>>,
+}
+
+/// A thread, and the process that it was started in.
+struct Owned {
+    handle: JoinHandle<()>,
+    process: u32,
+}
+
+struct Shared {
+    devices: Vec<Arc<VirtioPci>>,
+    /// Rung when a device or the owner wants something.
+    bell: Bell,
+    /// One of the constants in [`rest`].
+    rest: AtomicU8,
+    /// Held for the moment in which the thread comes to rest, so that whoever has waited for it knows that it holds nothing
+    /// any more.
+    resting: Mutex<()>,
+    rests: Condvar,
+}
+
+impl IoThread {
+    /// Serves these devices, of which each rings `bell`. The thread rests until it is told to [go on](Self::go_on).
+    ///
+    /// # Errors
+    /// It cannot be started.
+    pub(crate) fn spawn(devices: Vec<Arc<VirtioPci>>, bell: Bell) -> Result<Self, MachineError> {
+        let shared = Shared {
+            devices,
+            bell,
+            rest: AtomicU8::new(rest::WANTED),
+            resting: Mutex::new(()),
+            rests: Condvar::new(),
+        };
+        let io = Self { shared: Arc::new(shared), thread: Mutex::new(None) };
+        io.recall()?;
+        Ok(io)
+    }
+
+    fn thread(&self) -> MutexGuard<'_, Option<Owned>> {
+        self.thread.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Has the thread rest soon.
+    pub(crate) fn want_rest(&self) {
+        let rest = &self.shared.rest;
+        if rest.compare_exchange(rest::NO, rest::WANTED, Ordering::SeqCst, Ordering::SeqCst).is_ok() {
+            self.shared.bell.ring();
+        }
+    }
+
+    /// Waits until the thread rests as it was told to; tells whether that came to be before `until`.
+    pub(crate) fn wait_rests(&self, until: Instant) -> bool {
+        let mut resting = self.shared.lock_resting();
+        while self.shared.rest.load(Ordering::SeqCst) != rest::YES {
+            let left = until.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                return false;
+            }
+            let waited = self.shared.rests.wait_timeout(resting, left);
+            resting = waited.unwrap_or_else(PoisonError::into_inner).0;
+        }
+        true
+    }
+
+    /// Has the thread serve the devices again, in the calling process. Each of them is told that the guest goes on, and
+    /// offered each of its queues.
+    ///
+    /// # Errors
+    /// No thread could be started.
+    pub(crate) fn go_on(&self) -> Result<(), MachineError> {
+        self.recall()?;
+        if self.shared.rest.swap(rest::NO, Ordering::SeqCst) == rest::YES
+            && let Some(thread) = &*self.thread()
+        {
+            thread.handle.thread().unpark();
+        }
+        Ok(())
+    }
+
+    /// Has a thread in the calling process, which may not be the one that the last one was started in. One that is started
+    /// rests at once.
+    ///
+    /// # Errors
+    /// No thread could be started.
+    pub(crate) fn recall(&self) -> Result<(), MachineError> {
+        let mut thread = self.thread();
+        let process = std::process::id();
+        if let Some(ended) = thread.take_if(|thread| thread.process != process) {
+            oslib::thread::bury(ended.handle);
+            self.shared.rest.store(rest::WANTED, Ordering::SeqCst);
+        }
+        if thread.is_none() {
+            let shared = Arc::clone(&self.shared);
+            let spawned = std::thread::Builder::new()
+                .name("io".into())
+                .stack_size(STACK_LEN)
+                .spawn(move || shared.run())
+                .map_err(|source| MachineError::Host { what: "the I/O thread", source })?;
+            *thread = Some(Owned { handle: spawned, process });
+        }
+        Ok(())
+    }
+}
+
+impl Drop for IoThread {
+    fn drop(&mut self) {
+        self.shared.rest.store(rest::QUIT, Ordering::SeqCst);
+        self.shared.bell.ring();
+        let Some(Owned { handle, process }) = self.thread().take() else { return };
+        if process == std::process::id() {
+            handle.thread().unpark();
+            // A panic has been told on its way.
+            let _ = handle.join();
+        } else {
+            oslib::thread::bury(handle);
+        }
+    }
+}
+
+impl Shared {
+    fn lock_resting(&self) -> MutexGuard<'_, ()> {
+        self.resting.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn is_to_serve(&self) -> bool {
+        self.rest.load(Ordering::SeqCst) == rest::NO
+    }
+
+    /// The thread.
+    fn run(&self) {
+        // After an exec every signal is blocked, those of its own mistakes among them.
+        if let Err(error) = signals::set_mask(vcpu::quiet_mask()) {
+            tracing::error!(%error, "cannot set the signal mask of the I/O thread");
+        }
+        loop {
+            match self.rest.load(Ordering::SeqCst) {
+                rest::NO => self.serve(),
+                rest::QUIT => return,
+                _ => self.rest(),
+            }
+        }
+    }
+
+    fn rest(&self) {
+        {
+            let _resting = self.lock_resting();
+            let wanted =
+                self.rest.compare_exchange(rest::WANTED, rest::YES, Ordering::SeqCst, Ordering::SeqCst);
+            if wanted.is_err() {
+                return;
+            }
+            self.rests.notify_all();
+        }
+        while self.rest.load(Ordering::SeqCst) == rest::YES {
+            std::thread::park();
+        }
+    }
+
+    /// Serves the devices until it is to rest.
+    fn serve(&self) {
+        let mut poller = match Poller::new(&self.devices, &self.bell) {
+            Ok(poller) => poller,
+            Err(error) => {
+                tracing::error!(%error, "devices are not served: the I/O thread cannot wait for them");
+                std::thread::sleep(TRY_AGAIN);
+                return;
+            }
+        };
+        for (index, device) in self.devices.iter().enumerate() {
+            // Whoever changes something from here on rings again.
+            device.take_changed();
+            device.go_on();
+            poller.look_at(index, device);
+        }
+        while self.is_to_serve() {
+            for source in poller.wait() {
+                if !self.is_to_serve() {
+                    return;
+                }
+                match source {
+                    Source::Bell => self.answer_bell(&mut poller),
+                    Source::Doorbell { index, queue } => {
+                        self.devices[index].rung(queue);
+                        poller.look_at(index, &self.devices[index]);
+                    }
+                    Source::Watched { index, read, write } => {
+                        let device = &self.devices[index];
+                        read.into_iter().chain(write).for_each(|token| device.fd_ready(token));
+                        poller.look_at(index, device);
+                    }
+                }
+            }
+        }
+    }
+
+    fn answer_bell(&self, poller: &mut Poller) {
+        if let Err(error) = self.bell.0.drain() {
+            tracing::error!(%error, "cannot silence the I/O thread's bell");
+        }
+        for (index, device) in self.devices.iter().enumerate().filter(|(_, device)| device.take_changed()) {
+            poller.look_at(index, device);
+        }
+    }
+}
+
+/// What a descriptor is to the thread.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Source {
+    Bell,
+    Doorbell {
+        /// The device.
+        index: usize,
+        queue: usize,
+    },
+    /// A device watches it: under these names, for reading and for writing.
+    Watched {
+        index: usize,
+        read: Option<WatchToken>,
+        write: Option<WatchToken>,
+    },
+}
+
+impl Source {
+    fn set(self) -> EventSet {
+        match self {
+            Source::Bell | Source::Doorbell { .. } => EventSet::IN,
+            Source::Watched { read, write, .. } => {
+                let mut set = EventSet::empty();
+                set.set(EventSet::IN, read.is_some());
+                set.set(EventSet::OUT, write.is_some());
+                set
+            }
+        }
+    }
+
+    /// What of it is meant by these events. An end or an error is news for either direction.
+    fn narrowed(self, events: u32) -> Source {
+        let has = |set: EventSet| events & (set | EventSet::ERROR | EventSet::HANG_UP).bits() != 0;
+        match self {
+            Source::Watched { index, read, write } => Source::Watched {
+                index,
+                read: read.filter(|_| has(EventSet::IN)),
+                // Not twice under one name.
+                write: write
+                    .filter(|token| has(EventSet::OUT) && !(read == Some(*token) && has(EventSet::IN))),
+            },
+            other => other,
+        }
+    }
+}
+
+/// Waits for all of them.
+struct Poller {
+    epoll: Epoll,
+    sources: BTreeMap<RawFd, Source>,
+    events: [EpollEvent; BATCH],
+}
+
+impl Poller {
+    /// Waits for `bell` and for the doorbells of these devices.
+    fn new(devices: &[Arc<VirtioPci>], bell: &Bell) -> std::io::Result<Self> {
+        let mut poller =
+            Self { epoll: Epoll::new()?, sources: BTreeMap::new(), events: [EpollEvent::default(); BATCH] };
+        poller.add(bell.0.as_raw_fd(), Source::Bell)?;
+        for (index, device) in devices.iter().enumerate() {
+            for (queue, doorbell) in device.doorbells().iter().enumerate() {
+                poller.add(doorbell.as_raw_fd(), Source::Doorbell { index, queue })?;
+            }
+        }
+        Ok(poller)
+    }
+
+    fn add(&mut self, fd: RawFd, source: Source) -> std::io::Result<()> {
+        self.epoll.ctl(ControlOperation::Add, fd, EpollEvent::new(source.set(), fd as u64))?;
+        self.sources.insert(fd, source);
+        Ok(())
+    }
+
+    /// Waits for what the device watches from now on.
+    fn look_at(&mut self, index: usize, device: &VirtioPci) {
+        device.watches(|watches| {
+            let mut wanted: BTreeMap<RawFd, Source> = BTreeMap::new();
+            for watch in watches {
+                let none = Source::Watched { index, read: None, write: None };
+                let source = wanted.entry(watch.fd.as_raw_fd()).or_insert(none);
+                if let Source::Watched { read, write, .. } = source {
+                    match watch.direction {
+                        Direction::Read => *read = Some(watch.token),
+                        Direction::Write => *write = Some(watch.token),
+                    }
+                }
+            }
+            let is_stale = |fd: &RawFd, source: &mut Source| {
+                matches!(source, Source::Watched { index: at, .. } if *at == index)
+                    && wanted.get(fd) != Some(source)
+            };
+            let stale: Vec<_> = self.sources.extract_if(.., is_stale).map(|(fd, _)| fd).collect();
+            for fd in stale {
+                // One that was closed is out of it already.
+                let _ = self.epoll.ctl(ControlOperation::Delete, fd, EpollEvent::default());
+            }
+            for (fd, source) in wanted {
+                if !self.sources.contains_key(&fd)
+                    && let Err(error) = self.add(fd, source)
+                {
+                    tracing::error!(%error, fd, "a descriptor of a device cannot be watched");
+                }
+            }
+        });
+    }
+
+    /// Waits until something is ready.
+    fn wait(&mut self) -> Vec<Source> {
+        let count = match self.epoll.wait(-1, &mut self.events) {
+            Ok(count) => count,
+            Err(error) if error.kind() == std::io::ErrorKind::Interrupted => 0,
+            Err(error) => {
+                tracing::error!(%error, "the I/O thread cannot wait");
+                std::thread::sleep(TRY_AGAIN);
+                0
+            }
+        };
+        let ready = self.events[..count].iter();
+        ready.filter_map(|event| Some(self.sources.get(&event.fd())?.narrowed(event.events()))).collect()
+    }
+}
+
+#[cfg(test)]
+mod tests;
