@@ -11,15 +11,12 @@ use super::{LabOptions, LabReport, SEE_CARGO, obstacle, prepare_build, release_p
 /// The integration test of `vmm` that is written for the lab.
 const TEST: &str = "lab_linux";
 
-/// A forgotten shell ends by itself, too.
-const SHELL_LIMIT: Duration = Duration::from_secs(4 * 60 * 60);
-
 /// Arguments of `cargo xtask lab`.
 #[derive(Debug, Args)]
 pub(crate) struct LabArgs {
     #[command(subcommand)]
     task: Option<LabTask>,
-    /// Seconds until the machine is ended, whatever it does [default: 900; shell: 14400]
+    /// Seconds until the machine is ended, whatever it does [default: 900; shell: none]
     #[arg(long, global = true, value_name = "SECONDS")]
     limit: Option<u64>,
     /// RAM of L1 in MiB
@@ -38,7 +35,7 @@ enum LabTask {
         #[arg(last = true)]
         arguments: Vec<String>,
     },
-    /// Give a prompt in L1
+    /// Give a prompt in L1, with /lab/cpr-vmm, guest kernels and an initramfs at hand
     Shell,
     /// Run a command of L1; /lab/cpr-vmm is there
     Run {
@@ -64,17 +61,16 @@ pub(crate) fn lab(arguments: LabArgs) -> Result<LabReport> {
     let mut options = match &task {
         LabTask::Build => return prepare_build(),
         LabTask::Test { name, arguments } => LabOptions::for_test(vmm()?, name, arguments)?,
-        LabTask::Shell => LabOptions { vmm: Some(vmm()?), time_limit: SHELL_LIMIT, ..LabOptions::default() },
+        LabTask::Shell => LabOptions { vmm: Some(vmm()?), ..LabOptions::default() },
         LabTask::Run { command } => {
             LabOptions { vmm: Some(vmm()?), command: command.clone(), ..LabOptions::default() }
         }
     };
-    if let Some(seconds) = arguments.limit {
-        options.time_limit = Duration::from_secs(seconds);
-    }
     options.memory_mib = arguments.memory;
-    match task {
-        LabTask::Shell => shell(&options),
-        _ => run(&options),
+    let limit = arguments.limit.map(Duration::from_secs);
+    if let LabTask::Shell = task {
+        return shell(&options, limit);
     }
+    options.time_limit = limit.unwrap_or(options.time_limit);
+    run(&options)
 }

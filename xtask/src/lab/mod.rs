@@ -90,7 +90,7 @@ pub(crate) struct LabOptions {
     pub(crate) command: Vec<String>,
     /// Further variables of the command's environment.
     pub(crate) environment: Vec<(String, String)>,
-    /// When the machine is ended, whatever it does; the command is ended 20 seconds earlier.
+    /// When the machine is ended, whatever it does; the command is ended 20 seconds earlier. Not used by [`shell`].
     pub(crate) time_limit: Duration,
     /// RAM of L1, in MiB. It is taken from this machine as L1 touches it.
     pub(crate) memory_mib: u32,
@@ -269,11 +269,11 @@ pub(crate) fn run(options: &LabOptions) -> Result<LabReport> {
     Ok(LabReport { outcome, boot: ended.boot, total, logs: Some(dir) }.told())
 }
 
-/// Gives a prompt in L1; returns when it is left.
+/// Gives a prompt in L1; returns when it is left, or at `limit`, if any.
 ///
 /// # Errors
 /// As [`run`]; also if the machine did not end in order.
-pub(crate) fn shell(options: &LabOptions) -> Result<LabReport> {
+pub(crate) fn shell(options: &LabOptions, limit: Option<Duration>) -> Result<LabReport> {
     let cache = Cache::open()?;
     if let Some(reason) = obstacle()? {
         return Ok(LabReport::skipped(reason));
@@ -284,11 +284,13 @@ pub(crate) fn shell(options: &LabOptions) -> Result<LabReport> {
         options.environment.extend(value.map(|value| (name.to_owned(), value)));
     }
     let (dir, initrd) = prepare(&cache, &build, &options, None)?;
-    eprintln!("lab: L1 starts; leave with exit, or with Ctrl-a x at once");
+    eprintln!(
+        "lab: L1 starts, which takes some seconds. Leave it with exit or Ctrl-D; Ctrl-a x pulls the plug."
+    );
     let begin = Instant::now();
-    machine::shell(&build, &dir, &initrd, &options)?;
+    machine::shell(&build, &dir, &initrd, &options, limit)?;
     let _ = std::fs::remove_file(&initrd);
-    Ok(LabReport { outcome: Outcome::Passed, boot: None, total: begin.elapsed(), logs: Some(dir) })
+    Ok(LabReport { outcome: Outcome::Passed, boot: None, total: begin.elapsed(), logs: Some(dir) }.told())
 }
 
 /// Rows and columns of the terminal on stdin, as stty(1) tells them; a serial line cannot ask.
