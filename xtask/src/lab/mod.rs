@@ -64,6 +64,12 @@ pub(crate) const L2_APPEND: &str = "console=ttyS0 quiet tsc=reliable no_timer_ch
 /// The name in `/lab` of the `cpr-vmm` that leaves out steps of a restore when told to.
 const FAULTY: &str = "cpr-vmm-faulty";
 
+/// The shell script that runs test programs in L1.
+const RUN_TESTS: &str = include_str!("scripts/l1-tests.sh");
+
+/// When a machine with all tests is ended: they take half an hour.
+const ALL_TESTS_LIMIT: Duration = Duration::from_secs(60 * 60);
+
 /// What to do when one of our programs does not build.
 const SEE_CARGO: &str = "See cargo's messages above.";
 
@@ -112,27 +118,58 @@ impl Default for LabOptions {
     }
 }
 
+/// Which tests of the lab are run.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct LabTests {
+    /// Names of integration tests of `vmm`, as a glob.
+    pub(crate) pattern: String,
+    /// Also those that are left out of the lane of `cargo xtask test`, marked as ignored, for which there is more time.
+    pub(crate) all: bool,
+    /// Arguments for the test programs: filters, `--nocapture`.
+    pub(crate) arguments: Vec<String>,
+}
+
+impl Default for LabTests {
+    fn default() -> Self {
+        let pattern = format!("{}*", cargo::TESTS_BEGIN_WITH);
+        Self { pattern, all: false, arguments: Vec::new() }
+    }
+}
+
+impl LabTests {
+    /// The comparison with QEMU.
+    pub(crate) fn benchmark() -> Self {
+        Self { pattern: cargo::BENCHMARK.into(), all: true, arguments: vec!["--nocapture".into()] }
+    }
+}
+
 impl LabOptions {
-    /// Runs the integration test `name` of `vmm`, built now, with `arguments` (filters, `--nocapture`) against the
-    /// binary `vmm`. Its tests run one after another: each has the machine's CPUs for itself.
+    /// Runs integration tests of `vmm`, built now, against the binary `vmm`. They run one after another in one L1: each
+    /// has the machine's CPUs for itself.
     ///
     /// # Errors
-    /// The test does not build, or the `cpr-vmm` with faults that it is checked with.
-    pub(crate) fn for_test(vmm: PathBuf, name: &str, arguments: &[String]) -> Result<Self> {
-        let test = step("build of the test", SEE_CARGO, || cargo::test_binary("vmm", name))?;
+    /// A test does not build, or the `cpr-vmm` with faults that they are checked with.
+    pub(crate) fn for_tests(vmm: PathBuf, tests: &LabTests) -> Result<Self> {
+        let programs = step("build of the tests", SEE_CARGO, || cargo::tests(&tests.pattern))?;
         let faulty = step("build of cpr-vmm with faults", SEE_CARGO, cargo::faulty_vmm)?;
-        let mut command = vec!["./test".to_owned()];
-        command.extend_from_slice(arguments);
-        let files =
-            [(test, "test"), (faulty, FAULTY)].map(|(from, name)| LabFile { from, name: name.into() });
+        let mut command: Vec<String> = ["sh", "-c", RUN_TESTS, "tests"].map(str::to_owned).into();
+        command.extend(programs.iter().map(|(name, _)| name.clone()));
+        command.push("--".into());
+        command.extend(tests.all.then(|| "--include-ignored".to_owned()));
+        command.extend(tests.arguments.iter().cloned());
+        let mut files: Vec<_> = programs.into_iter().map(|(name, from)| LabFile { from, name }).collect();
+        files.push(LabFile { from: faulty, name: FAULTY.into() });
         let environment =
             [("CPR_LAB_FAULTY_VMM", format!("/lab/{FAULTY}")), ("RUST_TEST_THREADS", "1".to_owned())];
+        let defaults = Self::default();
+        let time_limit = if tests.all { ALL_TESTS_LIMIT } else { defaults.time_limit };
         Ok(Self {
             vmm: Some(vmm),
-            files: files.into(),
+            files,
             command,
             environment: environment.map(|(name, value)| (name.to_owned(), value)).into(),
-            ..Self::default()
+            time_limit,
+            ..defaults
         })
     }
 }

@@ -1,0 +1,18 @@
+# The command of a run of tests in L1: PROGRAM... -- ARGUMENT..., each program run with the arguments whatever becomes of
+# the others, and in the end the figures that the tests noted.
+programs=
+while [ "$1" != -- ]; do
+	programs="$programs $1"
+	shift
+done
+shift
+status=0
+for program in $programs; do
+	echo "== $program"
+	./"$program" "$@" || status=$?
+done
+if [ -s "$CPR_LAB_OUT/figures" ]; then
+	echo "== figures"
+	cat "$CPR_LAB_OUT/figures"
+fi
+exit $status
