@@ -118,13 +118,13 @@ type Check = fn(&mut Linux, Target<'_>) -> anyhow::Result<()>;
 
 /// Demands that `check` passes with the program that can leave out steps while it leaves out none, and fails when it
 /// leaves out `step`.
-fn is_noticed(step: &str, check: Check, complaint: &str) -> anyhow::Result<()> {
+fn is_noticed(mode: Mode, step: &str, check: Check, complaint: &str) -> anyhow::Result<()> {
     let lab = need_lab!();
     if lab.faulty.is_none() {
         eprintln!("SKIPPED {}: no CPR_LAB_FAULTY_VMM", current_test());
         return Ok(());
     }
-    let mut linux = Boot::new(&lab, Mode::Exec, 1).boot(lab)?;
+    let mut linux = Boot::new(&lab, mode, 1).boot(lab)?;
     check(&mut linux, Target::Faulty(None)).context("nothing was left out")?;
     let begin = Instant::now();
     // An update may find the guest where it does not need the step: its process not on the CPU, no interrupt under way.
@@ -141,30 +141,47 @@ fn is_noticed(step: &str, check: Check, complaint: &str) -> anyhow::Result<()> {
 
 #[test]
 fn without_tsc_offset() -> anyhow::Result<()> {
-    is_noticed("tsc-offset", clocks_go_on_through, "a clock went backwards")
+    is_noticed(Mode::Exec, "tsc-offset", clocks_go_on_through, "a clock went backwards")
 }
 
 #[test]
 fn without_kvmclock() -> anyhow::Result<()> {
-    is_noticed("kvmclock", time_agrees_with_the_host_through, "CLOCK_MONOTONIC of the guest advanced by")
+    is_noticed(
+        Mode::Exec,
+        "kvmclock",
+        time_agrees_with_the_host_through,
+        "CLOCK_MONOTONIC of the guest advanced by",
+    )
 }
 
 #[test]
 fn without_xsave() -> anyhow::Result<()> {
-    is_noticed("xsave", float_registers_stay_through, "wrong results")
+    is_noticed(Mode::Exec, "xsave", float_registers_stay_through, "wrong results")
 }
 
 #[test]
 fn without_lapic() -> anyhow::Result<()> {
-    is_noticed("lapic", shell_answers_through, "the guest's shell")
+    is_noticed(Mode::Exec, "lapic", shell_answers_through, "the guest's shell")
 }
 
 #[test]
 fn without_irqchip() -> anyhow::Result<()> {
-    is_noticed("irqchip", shell_answers_through, "the guest's shell")
+    is_noticed(Mode::Exec, "irqchip", shell_answers_through, "the guest's shell")
 }
 
 #[test]
 fn without_msrs() -> anyhow::Result<()> {
-    is_noticed("msrs", shell_answers_through, "the guest's shell")
+    is_noticed(Mode::Exec, "msrs", shell_answers_through, "the guest's shell")
+}
+
+#[test]
+#[ignore = "in cargo xtask lab test --all"]
+fn without_tsc_offset_by_transfer() -> anyhow::Result<()> {
+    is_noticed(Mode::Transfer, "tsc-offset", clocks_go_on_through, "a clock went backwards")
+}
+
+#[test]
+#[ignore = "in cargo xtask lab test --all"]
+fn without_lapic_by_transfer() -> anyhow::Result<()> {
+    is_noticed(Mode::Transfer, "lapic", shell_answers_through, "the guest's shell")
 }
