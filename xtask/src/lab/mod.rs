@@ -11,14 +11,14 @@
 //! builds the lab (`build`) into the cache (`cache`); each run puts its own files into an initramfs (`initramfs`) and
 //! boots a fresh machine (`machine`).
 //!
-//! What the command finds in L1: its files in `/lab`, which is also its working directory; `/tmp`; loopback; kvm loaded,
-//! other modules by `modprobe`; QEMU as `qemu-system-x86_64`, for comparison; and these variables:
+//! What the command finds in L1: its files in `/lab`, which is also its working directory; `/tmp`; loopback; kvm
+//! and tun loaded, other modules by `modprobe`; QEMU as `qemu-system-x86_64`, for comparison; and these variables:
 //!
 //! | variable | what |
 //! |---|---|
 //! | `CPR_LAB` | `1` |
 //! | `CPR_VMM` | path of our release binary |
-//! | `CPR_LAB_FAULTY_VMM` | for a test: a `cpr-vmm` that leaves out the steps of a restore that `CPR_TEST_SKIP_RESTORE` names |
+//! | `CPR_LAB_FAULTY_VMM` | for a test: a `cpr-vmm` that fails on purpose (feature `fault-injection`) |
 //! | `CPR_LAB_KERNEL`, `CPR_LAB_BZIMAGE` | the L2 kernel, as an ELF file and as a bzImage |
 //! | `CPR_LAB_INITRD` | the L2 initramfs |
 //! | `CPR_LAB_APPEND` | a kernel command line for L2 |

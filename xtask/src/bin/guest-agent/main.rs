@@ -18,7 +18,7 @@
 //! agent: float ok rounds=1204 wrong=0 enough=0
 //! guest-agent tick SECONDS [PERIOD_MS]    (by default 10 ms; a timer that the kernel repeats)
 //! agent: tick begin seconds=10 period_ms=10
-//! agent: tick ok ticks=1000 reads=998 lost=0 longest_us=21004 enough=0
+//! agent: tick ok ticks=1000 reads=998 lost=0 surplus=0 longest_us=21004 enough=0
 //! guest-agent load SECONDS [MIB]          (a thread per CPU, by default 8 MiB each)
 //! agent: load begin seconds=10 threads=2 mib=8
 //! agent: load ok rounds=310 wrong=0 enough=0

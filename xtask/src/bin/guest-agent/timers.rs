@@ -53,23 +53,26 @@ pub(crate) fn watch_ticks(seconds: u32, period_ms: u32) -> std::io::Result<bool>
     let interval = TimeSpec::from_duration(Duration::from_millis(period_ms.into()));
     let begin = monotonic_ns();
     timer.set(Expiration::Interval(interval), TimerSetTimeFlags::empty())?;
+    let set = monotonic_ns();
     let mut expirations = File::from(timer.as_fd().try_clone_to_owned()?);
     let end = begin + i64::from(seconds) * 1_000_000_000;
-    let (mut ticks, mut reads, mut longest, mut previous) = (0_u64, 0_u64, 0, begin);
-    while previous < end && !is_enough() {
+    let (mut ticks, mut reads, mut longest) = (0_i64, 0_u64, 0);
+    let (mut before, mut after) = (set, set);
+    while after < end && !is_enough() {
+        before = monotonic_ns();
         let mut count = [0; 8];
         expirations.read_exact(&mut count)?;
-        ticks += u64::from_ne_bytes(count);
+        longest = longest.max(monotonic_ns() - after);
+        after = monotonic_ns();
+        ticks += i64::from_ne_bytes(count);
         reads += 1;
-        let now = monotonic_ns();
-        longest = longest.max(now - previous);
-        previous = now;
     }
-    // The timer was set after `begin` and read before `previous`: between them is room for less than one more.
-    let lost = (previous - begin) / period - i64::try_from(ticks).unwrap_or(i64::MAX);
-    let ok = (0..=1).contains(&lost);
+    // The timer began between `begin` and `set`, and was read between `before` and `after`.
+    let lost = ((before - set) / period - ticks).max(0);
+    let surplus = (ticks - (after - begin) / period).max(0);
+    let ok = lost == 0 && surplus == 0;
     println!(
-        "agent: tick {} ticks={ticks} reads={reads} lost={lost} longest_us={} enough={}",
+        "agent: tick {} ticks={ticks} reads={reads} lost={lost} surplus={surplus} longest_us={} enough={}",
         if ok { "ok" } else { "bad" },
         longest / 1000,
         u8::from(is_enough()),
