@@ -85,6 +85,7 @@ fn two_vcpus_over_pvh() -> anyhow::Result<()> {
 }
 
 #[test]
+#[ignore = "in cargo xtask lab test --all"]
 fn one_vcpu_as_bzimage() -> anyhow::Result<()> {
     let lab = need_lab!();
     let kernel = lab.bzimage.clone();
@@ -165,11 +166,13 @@ fn without_lapic() -> anyhow::Result<()> {
 }
 
 #[test]
+#[ignore = "in cargo xtask lab test --all"]
 fn without_irqchip() -> anyhow::Result<()> {
     is_noticed(Mode::Exec, "irqchip", shell_answers_through, "the guest's shell")
 }
 
 #[test]
+#[ignore = "in cargo xtask lab test --all"]
 fn without_msrs() -> anyhow::Result<()> {
     is_noticed(Mode::Exec, "msrs", shell_answers_through, "the guest's shell")
 }

@@ -15,7 +15,7 @@ use super::{
 pub(crate) struct LabArgs {
     #[command(subcommand)]
     task: Option<LabTask>,
-    /// Seconds until the machine is ended, whatever it does [default: 900; all tests: 3600; shell: none]
+    /// Seconds until the machine is ended, whatever it does [default: 900; tests: 1800; all tests: 7200; shell: none]
     #[arg(long, global = true, value_name = "SECONDS")]
     limit: Option<u64>,
     /// RAM of L1 in MiB
