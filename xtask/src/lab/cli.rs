@@ -37,7 +37,7 @@ enum LabTask {
         #[arg(last = true)]
         arguments: Vec<String>,
     },
-    /// Compare how long a Linux guest stands still under cpr-vmm and under QEMU; takes about ten minutes
+    /// Compare how long a Linux guest stands still under cpr-vmm and under QEMU; takes five to ten minutes
     Bench,
     /// Give a prompt in L1, with /lab/cpr-vmm, guest kernels and an initramfs at hand
     Shell,
