@@ -5,9 +5,11 @@
 //! process, by pid.
 
 mod belongings;
+pub mod blocks;
 mod console;
 mod gate;
 mod guest;
+pub mod lab;
 mod machine;
 mod measure;
 pub mod process;

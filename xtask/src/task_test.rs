@@ -12,11 +12,8 @@ use anyhow::{Context, Result, ensure};
 use clap::Args;
 
 use self::report::Tally;
-use crate::lab::{self, LabOptions, Outcome};
+use crate::lab::{self, LabOptions, LabTests, Outcome};
 use crate::tools::{Paint, cargo, kvm_obstacle, release_binary, run, workspace};
-
-/// The integration test of `vmm` that is written for the lab.
-const LAB_TEST: &str = "lab_linux";
 
 /// What the feature `fault-injection` puts into a binary: the start of its variables' names.
 const FAULT_MARK: &[u8] = b"CPR_TEST_";
@@ -241,7 +238,7 @@ fn lab_lane(left_out: bool, tally: &mut Tally) -> Result<()> {
         return Ok(());
     }
     let report = release_binary()
-        .and_then(|vmm| LabOptions::for_test(vmm, LAB_TEST, &[]))
+        .and_then(|vmm| LabOptions::for_tests(vmm, &LabTests::default()))
         .and_then(|options| lab::run(&options));
     let report = match report {
         Ok(report) => report,

@@ -13,7 +13,7 @@ use super::steps::{run_logged, step};
 use super::{host, kernel};
 
 /// Raise it when the code of this file builds something else from the same lists.
-const RECIPE_VERSION: u32 = 1;
+const RECIPE_VERSION: u32 = 2;
 
 const SUITE: &str = "trixie";
 /// Newer kernels and QEMU come from here.
@@ -36,9 +36,11 @@ const PACKAGES: &[&str] = &[
     "e2fsprogs",
     "grep",
     "iproute2",
+    "iputils-ping",
     "mount",
     "pciutils",
     "procps",
+    "runc",
     "sed",
     "socat",
     "strace",
@@ -71,12 +73,20 @@ const TRIMMED_MODULES: &[&str] = &[
 /// What L1's initramfs loads to reach its disk; the rest of its modules are on that, for `modprobe`.
 const L1_DISK_MODULES: &[&str] = &["virtio_blk", "ext4", "overlay"];
 
-/// What it loads at the same time: with emulated CPUs, a module is a matter of a second.
-const L1_KVM_MODULES: &[&str] = &["kvm", "kvm-amd"];
+/// What it loads for VMMs at the same time: with emulated CPUs, a module is a matter of a second.
+const L1_VMM_MODULES: &[&str] = &["kvm", "kvm-amd", "tun"];
 
-/// Drivers that an L2 guest may want for devices of ours.
-const L2_MODULES: &[&str] =
-    &["virtio_blk", "virtio_net", "virtio_mmio", "virtio_rng", "vmw_vsock_virtio_transport"];
+/// What an L2 guest loads where it finds a virtio device, and the file system for a disk.
+const L2_MODULES: &[&str] = &[
+    "virtio_pci",
+    "virtio_mmio",
+    "virtio_blk",
+    "virtio_net",
+    "virtio_console",
+    "virtio_rng",
+    "vmw_vsock_virtio_transport",
+    "ext4",
+];
 
 /// A finished build, kept from being swept as long as this value lives.
 pub(super) struct Build {
@@ -111,9 +121,9 @@ impl Build {
         files_in(&self.dir.join("l1/disk-modules"))
     }
 
-    /// The modules of KVM for L1, independent of the former.
-    pub(super) fn l1_kvm_modules(&self) -> Result<Vec<PathBuf>> {
-        files_in(&self.dir.join("l1/kvm-modules"))
+    /// The modules that VMMs need in L1, independent of the former.
+    pub(super) fn l1_vmm_modules(&self) -> Result<Vec<PathBuf>> {
+        files_in(&self.dir.join("l1/vmm-modules"))
     }
 
     /// The drivers for L2, in an order in which they can be loaded.
@@ -151,7 +161,7 @@ pub(super) const L1_KERNELS: &str = "/usr/share/lab";
 fn key() -> String {
     key_of(&format!(
         "{RECIPE_VERSION} {SUITE} {BACKPORTS} {PACKAGES:?} {TRIMMED:?} {TRIMMED_MODULES:?} \
-         {L1_DISK_MODULES:?} {L1_KVM_MODULES:?} {L2_MODULES:?}"
+         {L1_DISK_MODULES:?} {L1_VMM_MODULES:?} {L2_MODULES:?}"
     ))
 }
 
@@ -185,7 +195,7 @@ fn make(dir: &Path, log: &Path) -> Result<()> {
                 program_logged(&root, "usr/sbin/depmod", &["-b", path_str(&root)?, version], log)?;
             }
             take_modules(&root, &l1, L1_DISK_MODULES, &dir.join("l1/disk-modules"))?;
-            take_modules(&root, &l1, L1_KVM_MODULES, &dir.join("l1/kvm-modules"))?;
+            take_modules(&root, &l1, L1_VMM_MODULES, &dir.join("l1/vmm-modules"))?;
             take_modules(&root, &l2, L2_MODULES, &dir.join("l2/modules"))?;
             fs::remove_dir_all(root.join("usr/lib/modules").join(&l2))?;
             let kernels = root.join(L1_KERNELS.trim_start_matches('/'));

@@ -6,20 +6,16 @@ use anyhow::Result;
 use clap::{Args, Subcommand};
 
 use super::steps::step;
-use super::{LabOptions, LabReport, SEE_CARGO, obstacle, prepare_build, release_program, run, shell};
-
-/// The integration test of `vmm` that is written for the lab.
-const TEST: &str = "lab_linux";
-
-/// A forgotten shell ends by itself, too.
-const SHELL_LIMIT: Duration = Duration::from_secs(4 * 60 * 60);
+use super::{
+    LabOptions, LabReport, LabTests, SEE_CARGO, obstacle, prepare_build, release_program, run, shell,
+};
 
 /// Arguments of `cargo xtask lab`.
 #[derive(Debug, Args)]
 pub(crate) struct LabArgs {
     #[command(subcommand)]
     task: Option<LabTask>,
-    /// Seconds until the machine is ended, whatever it does [default: 900; shell: 14400]
+    /// Seconds until the machine is ended, whatever it does [default: 900; tests: 1800; all tests: 7200; shell: none]
     #[arg(long, global = true, value_name = "SECONDS")]
     limit: Option<u64>,
     /// RAM of L1 in MiB
@@ -29,16 +25,21 @@ pub(crate) struct LabArgs {
 
 #[derive(Debug, Clone, Subcommand)]
 enum LabTask {
-    /// Run an integration test of `vmm` in L1 (the default)
+    /// Run the lab's tests in L1 (the default): the integration tests of `vmm` whose names begin with lab_
     Test {
-        /// The test's name
-        #[arg(long, default_value = TEST)]
-        name: String,
-        /// Arguments for the test binary: filters, --nocapture
+        /// All of them; without it those of `cargo xtask test`, which take less than 15 minutes
+        #[arg(long)]
+        all: bool,
+        /// Only test programs of this name; a glob
+        #[arg(long)]
+        name: Option<String>,
+        /// Arguments for the test programs: filters, --nocapture
         #[arg(last = true)]
         arguments: Vec<String>,
     },
-    /// Give a prompt in L1
+    /// Compare how long a Linux guest stands still under cpr-vmm and under QEMU; takes five to ten minutes
+    Bench,
+    /// Give a prompt in L1, with /lab/cpr-vmm, guest kernels and an initramfs at hand
     Shell,
     /// Run a command of L1; /lab/cpr-vmm is there
     Run {
@@ -59,22 +60,26 @@ pub(crate) fn lab(arguments: LabArgs) -> Result<LabReport> {
     if let Some(reason) = obstacle()? {
         return Ok(LabReport::skipped(reason));
     }
-    let task = arguments.task.unwrap_or(LabTask::Test { name: TEST.into(), arguments: Vec::new() });
+    let task = arguments.task.unwrap_or(LabTask::Test { all: false, name: None, arguments: Vec::new() });
     let vmm = || step("release build of cpr-vmm", SEE_CARGO, || release_program("vmm", "cpr-vmm"));
     let mut options = match &task {
         LabTask::Build => return prepare_build(),
-        LabTask::Test { name, arguments } => LabOptions::for_test(vmm()?, name, arguments)?,
-        LabTask::Shell => LabOptions { vmm: Some(vmm()?), time_limit: SHELL_LIMIT, ..LabOptions::default() },
+        LabTask::Test { all, name, arguments } => {
+            let defaults = LabTests { all: *all, arguments: arguments.clone(), ..LabTests::default() };
+            let tests = LabTests { pattern: name.clone().unwrap_or(defaults.pattern), ..defaults };
+            LabOptions::for_tests(vmm()?, &tests)?
+        }
+        LabTask::Bench => LabOptions::for_tests(vmm()?, &LabTests::benchmark())?,
+        LabTask::Shell => LabOptions { vmm: Some(vmm()?), ..LabOptions::default() },
         LabTask::Run { command } => {
             LabOptions { vmm: Some(vmm()?), command: command.clone(), ..LabOptions::default() }
         }
     };
-    if let Some(seconds) = arguments.limit {
-        options.time_limit = Duration::from_secs(seconds);
-    }
     options.memory_mib = arguments.memory;
-    match task {
-        LabTask::Shell => shell(&options),
-        _ => run(&options),
+    let limit = arguments.limit.map(Duration::from_secs);
+    if let LabTask::Shell = task {
+        return shell(&options, limit);
     }
+    options.time_limit = limit.unwrap_or(options.time_limit);
+    run(&options)
 }

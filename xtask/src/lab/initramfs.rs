@@ -34,7 +34,7 @@ pub(super) fn write_l1(
 ) -> Result<()> {
     let mut archive = base(to, build, L1_INIT)?;
     add_modules(&mut archive, "disk-modules", &build.l1_disk_modules()?)?;
-    add_modules(&mut archive, "kvm-modules", &build.l1_kvm_modules()?)?;
+    add_modules(&mut archive, "vmm-modules", &build.l1_vmm_modules()?)?;
 
     archive.dir("payload")?;
     archive.file("payload/.l1-main", 0o755, L1_MAIN.as_bytes())?;

@@ -9,7 +9,7 @@
 //! | `console.log` | L1's serial console: kernel messages, panics |
 //!
 //! The machine ends by itself: when its command ended, when its kernel panicked, at the time limit (enforced by
-//! timeout(1), whatever becomes of us), and when the process that started it dies.
+//! timeout(1), whatever becomes of us; a shell has none unless one is asked for), and when the process that started it dies.
 
 use std::fs::{self, File};
 use std::io::{self, Read, Write};
@@ -52,7 +52,7 @@ pub(super) struct Ended {
 /// Runs L1 with a command in its initramfs to the end, its output going to our stdout.
 pub(super) fn run(build: &Build, dir: &Path, initrd: &Path, options: &LabOptions) -> Result<Ended> {
     let console = dir.join("console.log");
-    let mut qemu = limited(&build.qemu(), options.time_limit, Terminal::Shared);
+    let mut qemu = limited(&build.qemu(), Some(options.time_limit), Terminal::Shared);
     machine(&mut qemu, build, dir, initrd, options)?;
     qemu.args(["-chardev", &file_chardev("console", &console)?, "-serial", "chardev:console"]);
     let errors = File::create(dir.join("qemu.log"))?;
@@ -86,9 +86,15 @@ pub(super) fn run(build: &Build, dir: &Path, initrd: &Path, options: &LabOptions
     Ok(Ended { end, boot })
 }
 
-/// Runs L1 with its console on our terminal until its shell ends.
-pub(super) fn shell(build: &Build, dir: &Path, initrd: &Path, options: &LabOptions) -> Result<()> {
-    let mut qemu = limited(&build.qemu(), options.time_limit, Terminal::Shared);
+/// Runs L1 with its console on our terminal until its shell ends: somebody sits there, so there is no limit but `limit`.
+pub(super) fn shell(
+    build: &Build,
+    dir: &Path,
+    initrd: &Path,
+    options: &LabOptions,
+    limit: Option<Duration>,
+) -> Result<()> {
+    let mut qemu = limited(&build.qemu(), limit, Terminal::Shared);
     machine(&mut qemu, build, dir, initrd, options)?;
     let log = dir.join("console.log");
     let log = log.to_str().context("the cache folder's name is not UTF-8")?.replace(',', ",,");

@@ -11,14 +11,14 @@
 //! builds the lab (`build`) into the cache (`cache`); each run puts its own files into an initramfs (`initramfs`) and
 //! boots a fresh machine (`machine`).
 //!
-//! What the command finds in L1: its files in `/lab`, which is also its working directory; `/tmp`; loopback; kvm loaded,
-//! other modules by `modprobe`; QEMU as `qemu-system-x86_64`, for comparison; and these variables:
+//! What the command finds in L1: its files in `/lab`, which is also its working directory; `/tmp`; loopback; kvm
+//! and tun loaded, other modules by `modprobe`; QEMU as `qemu-system-x86_64`, for comparison; and these variables:
 //!
 //! | variable | what |
 //! |---|---|
 //! | `CPR_LAB` | `1` |
 //! | `CPR_VMM` | path of our release binary |
-//! | `CPR_LAB_FAULTY_VMM` | for a test: a `cpr-vmm` that leaves out the steps of a restore that `CPR_TEST_SKIP_RESTORE` names |
+//! | `CPR_LAB_FAULTY_VMM` | for a test: a `cpr-vmm` that fails on purpose (feature `fault-injection`) |
 //! | `CPR_LAB_KERNEL`, `CPR_LAB_BZIMAGE` | the L2 kernel, as an ELF file and as a bzImage |
 //! | `CPR_LAB_INITRD` | the L2 initramfs |
 //! | `CPR_LAB_APPEND` | a kernel command line for L2 |
@@ -64,6 +64,15 @@ pub(crate) const L2_APPEND: &str = "console=ttyS0 quiet tsc=reliable no_timer_ch
 /// The name in `/lab` of the `cpr-vmm` that leaves out steps of a restore when told to.
 const FAULTY: &str = "cpr-vmm-faulty";
 
+/// The shell script that runs test programs in L1.
+const RUN_TESTS: &str = include_str!("scripts/l1-tests.sh");
+
+/// When a machine with tests is ended. Two CPUs that do nothing else need half of it.
+const TESTS_LIMIT: Duration = Duration::from_secs(30 * 60);
+
+/// The same with all tests.
+const ALL_TESTS_LIMIT: Duration = Duration::from_secs(2 * 60 * 60);
+
 /// What to do when one of our programs does not build.
 const SEE_CARGO: &str = "See cargo's messages above.";
 
@@ -90,7 +99,7 @@ pub(crate) struct LabOptions {
     pub(crate) command: Vec<String>,
     /// Further variables of the command's environment.
     pub(crate) environment: Vec<(String, String)>,
-    /// When the machine is ended, whatever it does; the command is ended 20 seconds earlier.
+    /// When the machine is ended, whatever it does; the command is ended 20 seconds earlier. Not used by [`shell`].
     pub(crate) time_limit: Duration,
     /// RAM of L1, in MiB. It is taken from this machine as L1 touches it.
     pub(crate) memory_mib: u32,
@@ -112,26 +121,55 @@ impl Default for LabOptions {
     }
 }
 
+/// Which tests of the lab are run.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct LabTests {
+    /// Names of integration tests of `vmm`, as a glob.
+    pub(crate) pattern: String,
+    /// Also those that are left out of the lane of `cargo xtask test`, marked as ignored, for which there is more time.
+    pub(crate) all: bool,
+    /// Arguments for the test programs: filters, `--nocapture`.
+    pub(crate) arguments: Vec<String>,
+}
+
+impl Default for LabTests {
+    fn default() -> Self {
+        let pattern = format!("{}*", cargo::TESTS_BEGIN_WITH);
+        Self { pattern, all: false, arguments: Vec::new() }
+    }
+}
+
+impl LabTests {
+    /// The comparison with QEMU.
+    pub(crate) fn benchmark() -> Self {
+        Self { pattern: cargo::BENCHMARK.into(), all: true, arguments: vec!["--nocapture".into()] }
+    }
+}
+
 impl LabOptions {
-    /// Runs the integration test `name` of `vmm`, built now, with `arguments` (filters, `--nocapture`) against the
-    /// binary `vmm`. Its tests run one after another: each has the machine's CPUs for itself.
+    /// Runs integration tests of `vmm`, built now, against the binary `vmm`. They run one after another in one L1: each
+    /// has the machine's CPUs for itself.
     ///
     /// # Errors
-    /// The test does not build, or the `cpr-vmm` with faults that it is checked with.
-    pub(crate) fn for_test(vmm: PathBuf, name: &str, arguments: &[String]) -> Result<Self> {
-        let test = step("build of the test", SEE_CARGO, || cargo::test_binary("vmm", name))?;
+    /// A test does not build, or the `cpr-vmm` with faults that they are checked with.
+    pub(crate) fn for_tests(vmm: PathBuf, tests: &LabTests) -> Result<Self> {
+        let programs = step("build of the tests", SEE_CARGO, || cargo::tests(&tests.pattern))?;
         let faulty = step("build of cpr-vmm with faults", SEE_CARGO, cargo::faulty_vmm)?;
-        let mut command = vec!["./test".to_owned()];
-        command.extend_from_slice(arguments);
-        let files =
-            [(test, "test"), (faulty, FAULTY)].map(|(from, name)| LabFile { from, name: name.into() });
+        let mut command: Vec<String> = ["sh", "-c", RUN_TESTS, "tests"].map(str::to_owned).into();
+        command.extend(programs.iter().map(|(name, _)| name.clone()));
+        command.push("--".into());
+        command.extend(tests.all.then(|| "--include-ignored".to_owned()));
+        command.extend(tests.arguments.iter().cloned());
+        let mut files: Vec<_> = programs.into_iter().map(|(name, from)| LabFile { from, name }).collect();
+        files.push(LabFile { from: faulty, name: FAULTY.into() });
         let environment =
             [("CPR_LAB_FAULTY_VMM", format!("/lab/{FAULTY}")), ("RUST_TEST_THREADS", "1".to_owned())];
         Ok(Self {
             vmm: Some(vmm),
-            files: files.into(),
+            files,
             command,
             environment: environment.map(|(name, value)| (name.to_owned(), value)).into(),
+            time_limit: if tests.all { ALL_TESTS_LIMIT } else { TESTS_LIMIT },
             ..Self::default()
         })
     }
@@ -269,11 +307,11 @@ pub(crate) fn run(options: &LabOptions) -> Result<LabReport> {
     Ok(LabReport { outcome, boot: ended.boot, total, logs: Some(dir) }.told())
 }
 
-/// Gives a prompt in L1; returns when it is left.
+/// Gives a prompt in L1; returns when it is left, or at `limit`, if any.
 ///
 /// # Errors
 /// As [`run`]; also if the machine did not end in order.
-pub(crate) fn shell(options: &LabOptions) -> Result<LabReport> {
+pub(crate) fn shell(options: &LabOptions, limit: Option<Duration>) -> Result<LabReport> {
     let cache = Cache::open()?;
     if let Some(reason) = obstacle()? {
         return Ok(LabReport::skipped(reason));
@@ -284,11 +322,13 @@ pub(crate) fn shell(options: &LabOptions) -> Result<LabReport> {
         options.environment.extend(value.map(|value| (name.to_owned(), value)));
     }
     let (dir, initrd) = prepare(&cache, &build, &options, None)?;
-    eprintln!("lab: L1 starts; leave with exit, or with Ctrl-a x at once");
+    eprintln!(
+        "lab: L1 starts, which takes some seconds. Leave it with exit or Ctrl-D; Ctrl-a x pulls the plug."
+    );
     let begin = Instant::now();
-    machine::shell(&build, &dir, &initrd, &options)?;
+    machine::shell(&build, &dir, &initrd, &options, limit)?;
     let _ = std::fs::remove_file(&initrd);
-    Ok(LabReport { outcome: Outcome::Passed, boot: None, total: begin.elapsed(), logs: Some(dir) })
+    Ok(LabReport { outcome: Outcome::Passed, boot: None, total: begin.elapsed(), logs: Some(dir) }.told())
 }
 
 /// Rows and columns of the terminal on stdin, as stty(1) tells them; a serial line cannot ask.

@@ -34,15 +34,17 @@ pub(super) enum Terminal {
     None,
 }
 
-/// `program` and its environment, ended at the limit, and with the process that starts it, however that ends.
-pub(super) fn limited(program: &Command, limit: Duration, terminal: Terminal) -> Command {
+/// `program` and its environment, ended at the limit, if any, and with the process that starts it, however that ends.
+pub(super) fn limited(program: &Command, limit: Option<Duration>, terminal: Terminal) -> Command {
     let mut command = Command::new("setpriv");
     command.args(["--pdeathsig", "TERM", "timeout", "--kill-after=5"]);
     if terminal == Terminal::Shared {
         command.arg("--foreground");
     }
+    // To timeout(1), zero is none.
+    let seconds = limit.map_or(0, |limit| limit.as_secs().max(1));
     command
-        .arg(limit.as_secs().max(1).to_string())
+        .arg(seconds.to_string())
         .args(["setpriv", "--pdeathsig", "KILL"])
         .arg(program.get_program())
         .args(program.get_args())
@@ -59,7 +61,7 @@ pub(super) fn run_logged(command: &Command, log: &Path) -> Result<()> {
         .open(log)
         .with_context(|| format!("cannot write {}", log.display()))?;
     writeln!(file, "+ {command:?}")?;
-    let status = limited(command, LIMIT, Terminal::None)
+    let status = limited(command, Some(LIMIT), Terminal::None)
         .stdin(Stdio::null())
         .stdout(file.try_clone()?)
         .stderr(file)

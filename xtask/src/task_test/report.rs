@@ -93,7 +93,8 @@ impl Tally {
             "ok" => self.passed += 1,
             _ if result.starts_with("FAILED") => self.fail(&format!("{lane}: {name}")),
             _ if result.starts_with("ignored") => {
-                self.skip(&format!("{lane}: {name}"), "ignored: to be run by hand")
+                let reason = result.strip_prefix("ignored, ").unwrap_or("to be run by hand");
+                self.skip(&format!("{lane}: {name}"), &format!("ignored: {reason}"));
             }
             // With --nocapture, what the test prints follows on this line.
             _ => {}
@@ -141,7 +142,7 @@ pub(super) fn listed_tests(json: &str) -> Result<Vec<String>> {
     let mut names = Vec::new();
     for (suite, value) in suites {
         for (name, case) in value["testcases"].as_object().into_iter().flatten() {
-            if case["filter-match"]["status"] == "matches" {
+            if case["filter-match"]["status"] == "matches" && !suite.contains(LAB_BINARY) {
                 names.push(format!("{suite} {name}"));
             }
         }
@@ -210,7 +211,8 @@ mod tests {
     fn listed_tests_are_those_that_match() {
         let json = r#"{"rust-suites": {"vmm-core::boot": {"testcases": {
             "a": {"ignored": true, "filter-match": {"status": "matches"}},
-            "b": {"ignored": false, "filter-match": {"status": "mismatch", "reason": "ignored"}}}}}}"#;
+            "b": {"ignored": false, "filter-match": {"status": "mismatch", "reason": "ignored"}}}},
+            "vmm::lab_load": {"testcases": {"a": {"ignored": true, "filter-match": {"status": "matches"}}}}}}"#;
         assert_eq!(listed_tests(json).unwrap(), ["vmm-core::boot a"]);
     }
 }

@@ -19,8 +19,8 @@ load() {
 	done
 }
 
-load /kvm-modules &
-kvm=$!
+load /vmm-modules &
+vmm=$!
 load /disk-modules || die "the modules of the disk do not load"
 
 tries=0
@@ -37,7 +37,7 @@ mount -t overlay -o lowerdir=/base,upperdir=/over/upper,workdir=/over/work root 
 mkdir -p /new/lab
 mount -t tmpfs -o size=75% lab /new/lab
 cp -a /payload/. /new/lab/ || die "the run's files do not fit"
-wait $kvm || die "the modules of KVM do not load"
+wait $vmm || die "the modules of KVM and tun do not load"
 mount --move /dev /new/dev
 mount --move /sys /new/sys
 mount --move /proc /new/proc

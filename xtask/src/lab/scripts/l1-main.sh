@@ -40,10 +40,24 @@ if [ -e /lab/.command ]; then
 	fi
 	echo "exit $status" >/dev/vport0p2
 else
-	echo "L1 is up. Files of this run: /lab. Leave with exit."
 	exec </dev/ttyS0 >/dev/ttyS0 2>&1
 	[ -n "$LAB_TTY_SIZE" ] && stty rows "${LAB_TTY_SIZE% *}" cols "${LAB_TTY_SIZE#* }"
-	PS1='L1:\w# ' setsid -c bash -i
+	cat <<-'EOF'
+
+	L1 is up. The files of this run are in /lab: cpr-vmm, vmlinux, bzImage, initrd. Start a guest, with
+
+	  ./cpr-vmm -nographic -object memory-backend-memfd,id=ram0,size=256M -machine memory-backend=ram0 \
+	      -smp 2 -kernel vmlinux -initrd initrd -append "$CPR_LAB_APPEND ECHO=1"
+
+	Its keys: Ctrl-a Ctrl-a c for its monitor, Ctrl-a Ctrl-a x to end it: one Ctrl-a belongs to L1's console.
+	exit, Ctrl-D or poweroff switches L1 off; Ctrl-a x does at once.
+
+	EOF
+	cat >/tmp/.bashrc <<-'EOF'
+	PS1='L1:\w# '
+	poweroff() { sync; echo o >/proc/sysrq-trigger; sleep 60; }
+	EOF
+	setsid -c bash --rcfile /tmp/.bashrc -i
 fi
 
 sync
