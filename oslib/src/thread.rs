@@ -90,6 +90,12 @@ impl std::fmt::Debug for Cpus {
     }
 }
 
+/// The CPU that the caller runs on, as of a moment ago.
+pub fn current_cpu() -> Option<usize> {
+    // SAFETY: takes no pointer.
+    usize::try_from(unsafe { libc::sched_getcpu() }).ok()
+}
+
 /// What a function says that returns its error.
 fn result(error: libc::c_int) -> io::Result<()> {
     match error {

@@ -312,6 +312,11 @@ impl Machine {
         })
     }
 
+    /// For a target that is built ahead of its state: what its first [`Machine::run`] would do that needs none.
+    pub fn prepare_to_run(&self) {
+        self.vcpus.take_places();
+    }
+
     /// Wakes threads that will help with [`Machine::restore`], which is about to follow: while the state is being decoded.
     pub fn expect_state(&self) {
         self.vcpus.rouse_helpers();
@@ -341,7 +346,9 @@ impl Machine {
         }
         *lock(&self.msr_list) = Some(list.into());
         *lock(&self.cpuid) = Some(state.vcpus.iter().map(|vcpu| vcpu.cpuid.clone()).collect());
-        self.notify_guest_paused();
+        let has_clock: Vec<_> =
+            state.vcpus.iter().map(|vcpu| vcpu::has_paravirtual_clock(&vcpu.msrs)).collect();
+        self.vcpus.tell_paused_on_resume(&|index| has_clock[index]);
         Ok(())
     }
 
@@ -395,7 +402,7 @@ impl Machine {
     /// Has each vCPU tell its guest, before it runs again, that it stood still (`KVM_KVMCLOCK_CTRL`), so that the
     /// guest's soft-lockup watchdog keeps quiet. [`Machine::restore`] does this by itself.
     pub fn notify_guest_paused(&self) {
-        self.vcpus.tell_paused_on_resume();
+        self.vcpus.tell_paused_on_resume(&|_| true);
     }
 
     /// Replaces the interrupt routes, which travel with the machine. [`default_routes`] is what KVM starts with.

@@ -248,6 +248,7 @@ impl Hardware {
         rendezvous.note_progress();
         self.machine.ready_with(&mut || rendezvous.note_progress())?;
         self.machine.prepare_devices();
+        self.machine.prepare_to_run();
         rendezvous.note_progress();
         oslib::memory::warm_allocator(app::room_for_state(config));
         Ok(())

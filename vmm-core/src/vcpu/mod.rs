@@ -31,7 +31,7 @@ pub use vcpus::Vcpus;
 
 pub(crate) use cpuid::host_cpuid;
 pub(crate) use jobs::Pending;
-pub(crate) use msrs::{IA32_TSC, learn_list as learn_msr_list, read as read_msrs};
+pub(crate) use msrs::{IA32_TSC, has_paravirtual_clock, learn_list as learn_msr_list, read as read_msrs};
 pub(crate) use registers::{Pristine, entry_registers, restore, save, set_cpuid, set_entry_registers};
 pub(crate) use thread::{Environment, quiet_mask};
 

@@ -25,6 +25,14 @@ const HYPER_V: std::ops::RangeInclusive<u32> = 0x4000_0000..=0x4000_01ff;
 /// guest sets it anew whenever it wants to know the time, so nothing is lost.
 const WALL_CLOCK: [u32; 2] = [0x11, 0x4b56_4d00];
 
+/// The paravirtual clock of a vCPU, old and new: an address, and in bit 0 whether it is in use.
+const SYSTEM_TIME: [u32; 2] = [0x12, 0x4b56_4d01];
+
+/// Whether a guest with these MSRs reads the time from the paravirtual clock of this vCPU.
+pub(crate) fn has_paravirtual_clock(values: &[(u32, u64)]) -> bool {
+    values.iter().any(|(index, value)| SYSTEM_TIME.contains(index) && value & 1 != 0)
+}
+
 /// Memory type ranges: base and mask of eight variable ones, the fixed ones, and the default.
 const MTRRS: [u32; 28] = [
     0x200, 0x201, 0x202, 0x203, 0x204, 0x205, 0x206, 0x207, 0x208, 0x209, 0x20a, 0x20b, 0x20c, 0x20d, 0x20e,

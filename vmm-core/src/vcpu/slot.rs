@@ -65,6 +65,15 @@ struct Inner {
     thread_id: Option<ThreadId>,
 }
 
+/// A vCPU's thread that stays on one CPU for a while.
+pub(super) struct Placed {
+    pub(super) index: usize,
+    pub(super) cpu: usize,
+    /// Where it may run otherwise.
+    home: Cpus,
+    process: u32,
+}
+
 /// A thread, and the process that it was started in: an exec ends it with that, while this memory lives on.
 struct Owned {
     handle: JoinHandle<()>,
@@ -254,22 +263,26 @@ impl Slot {
         Ok(())
     }
 
-    /// Puts the thread on one CPU, another one for each next vCPU, if it may run on several; returns these, for
-    /// [`release`](Self::release). Where the system refuses this, the thread stays where it is.
-    pub(super) fn put_on_cpu(&self) -> Option<Cpus> {
+    /// Puts the thread on one CPU, another one for each next vCPU, if it may run on several. Where the system refuses this, the
+    /// thread stays where it is.
+    pub(super) fn put_on_cpu(&self) -> Option<Placed> {
         let inner = self.lock();
-        let thread = &inner.thread.as_ref()?.handle;
-        let home = Cpus::of(thread).ok()?;
+        let Owned { handle, process } = inner.thread.as_ref()?;
+        let home = Cpus::of(handle).ok()?;
         let count = home.iter().count();
         let cpu = home.iter().nth(self.index % count.max(1)).filter(|_| count > 1)?;
-        Cpus::only(cpu).apply_to(thread).ok().map(|()| home)
+        Cpus::only(cpu).apply_to(handle).ok()?;
+        Some(Placed { index: self.index, cpu, home, process: *process })
     }
 
-    /// Lets the thread run on all of these again.
-    pub(super) fn release(&self, home: &Cpus) {
-        if let Some(thread) = &self.lock().thread {
+    /// Lets the thread run where it could before, unless it was put elsewhere meanwhile, by somebody else.
+    pub(super) fn release(&self, placed: &Placed) {
+        if let Some(Owned { handle, process }) = &self.lock().thread
+            && *process == placed.process
+            && Cpus::of(handle).is_ok_and(|cpus| cpus.iter().eq([placed.cpu]))
+        {
             // Only a thread that has ended is not there to be released.
-            let _ = home.apply_to(&thread.handle);
+            let _ = placed.home.apply_to(handle);
         }
     }
 
@@ -376,7 +389,7 @@ impl Slot {
     pub(super) fn park(&self, cpu: Cpu) -> bool {
         // Nobody waits for news of a vCPU that exists.
         self.lock().place = Place::Parked(cpu);
-        self.running.last_to_park.store(self.index, Ordering::Relaxed);
+        self.running.awake.store(self.index, Ordering::Relaxed);
         self.running.one_less()
     }
 
@@ -500,8 +513,8 @@ fn kick(thread: Option<ThreadId>) {
 pub(super) struct RunningCount {
     count: Mutex<usize>,
     none: Condvar,
-    /// A vCPU whose thread may still be awake.
-    pub(super) last_to_park: AtomicUsize,
+    /// A vCPU whose thread is awake, or soonest so: the last one that parked, if nobody knows better.
+    pub(super) awake: AtomicUsize,
 }
 
 impl RunningCount {

@@ -9,7 +9,7 @@ use oslib::signals;
 
 use super::VcpuError;
 use super::jobs::{EachJob, Pending, helping};
-use super::slot::{Cpu, RunningCount, Slot, kick_signal};
+use super::slot::{Cpu, Placed, RunningCount, Slot, kick_signal};
 use super::thread::{Environment, VcpuThread};
 use super::turns::Turns;
 use crate::error::MachineError;
@@ -47,6 +47,8 @@ pub struct Vcpus {
     running: Arc<RunningCount>,
     /// Those of the last resume in which vCPUs took turns.
     turns: Mutex<Arc<Turns>>,
+    /// Threads that have taken places for a resume to come.
+    placed: Mutex<Vec<Placed>>,
     vm: Arc<Vm>,
     environment: Environment,
 }
@@ -59,6 +61,7 @@ impl Vcpus {
             (0..count).map(|index| Arc::new(Slot::new(index, Arc::clone(&running)))).collect();
         let vcpus = Self {
             turns: Mutex::new(Turns::new(&slots)),
+            placed: Mutex::default(),
             slots,
             running,
             vm: Arc::clone(vm),
@@ -107,6 +110,10 @@ impl Vcpus {
 
     fn turns(&self) -> MutexGuard<'_, Arc<Turns>> {
         self.turns.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn placed(&self) -> MutexGuard<'_, Vec<Placed>> {
+        self.placed.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Returns the number of vCPUs.
@@ -182,11 +189,11 @@ impl Vcpus {
         let process = self.begin_here()?;
         let turns = Turns::new(&self.slots);
         let mut given = Vec::new();
-        if self.count() > 1 && self.count() >= usable_cpus() {
+        if self.take_turns() {
             given = turns.give_out(self.count());
             *self.turns() = Arc::clone(&turns);
         }
-        let mut at_their_places = Vec::new();
+        let mut placed = std::mem::take(&mut *self.placed());
         let posted = self.on_each(|slot| {
             let turn = given.pop();
             let takes_turns = turn.is_some();
@@ -196,9 +203,9 @@ impl Vcpus {
                 Ok(()) | Err(VcpuError::Running) => self.ensure_thread(slot, process)?,
                 Err(error) => return Err(error),
             }
-            if takes_turns {
+            if takes_turns && placed.iter().all(|placed| placed.index != slot.index) {
                 // The system would let new threads wait for the CPU that started them while another one idles.
-                at_their_places.extend(slot.put_on_cpu().map(|home| (Arc::clone(slot), home)));
+                placed.extend(slot.put_on_cpu());
             }
             Ok(())
         });
@@ -208,9 +215,7 @@ impl Vcpus {
         turns.wait_all(TURNS_WITHIN);
         // A turn whose timer the system refused may last for ever, and others wait for its end.
         turns.cut_short();
-        for (slot, home) in at_their_places {
-            slot.release(&home);
-        }
+        placed.iter().for_each(|placed| self.slots[placed.index].release(placed));
         posted
     }
 
@@ -236,20 +241,36 @@ impl Vcpus {
         Err(MachineError::PauseTimedOut { vcpus: late.iter().map(|slot| slot.index).collect(), deadline })
     }
 
-    /// Has each vCPU tell its guest, before it runs again, that it stood still.
-    pub(crate) fn tell_paused_on_resume(&self) {
-        self.slots.iter().for_each(|slot| slot.tell_paused_on_resume());
+    /// Has each of these vCPUs tell its guest, before it runs again, that it stood still.
+    pub(crate) fn tell_paused_on_resume(&self, which: &dyn Fn(usize) -> bool) {
+        self.slots.iter().filter(|slot| which(slot.index)).for_each(|slot| slot.tell_paused_on_resume());
     }
 
     /// Has a job begun that is done once with each parked vCPU; who waits for the result takes part in it. A vCPU that
     /// is still being created gets to it afterwards.
     pub(crate) fn start_on_all<T: Send + 'static>(&self, job: Box<EachJob<T>>) -> Pending<T> {
-        Pending::start(&self.slots, self.helpers(), self.running.last_to_park.load(Ordering::Relaxed), job)
+        Pending::start(&self.slots, self.helpers(), self.running.awake.load(Ordering::Relaxed), job)
     }
 
-    /// Wakes those who will help with a job that is about to come.
+    /// Whether the vCPUs take turns after a resume.
+    fn take_turns(&self) -> bool {
+        self.count() > 1 && self.count() >= usable_cpus()
+    }
+
+    /// Has the threads where they will take their turns, ahead of the resume.
+    pub(crate) fn take_places(&self) {
+        if self.take_turns() {
+            *self.placed() = self.slots.iter().filter_map(|slot| slot.put_on_cpu()).collect();
+        }
+    }
+
+    /// Wakes those who will help with a job that is about to come, if they have places not where the caller is.
     pub(crate) fn rouse_helpers(&self) {
-        let awake = self.running.last_to_park.load(Ordering::Relaxed);
+        let here = oslib::thread::current_cpu();
+        if let Some(other) = self.placed().iter().rev().find(|placed| Some(placed.cpu) != here) {
+            self.running.awake.store(other.index, Ordering::Relaxed);
+        }
+        let awake = self.running.awake.load(Ordering::Relaxed);
         for slot in helping(&self.slots, awake).take(self.helpers()) {
             let expecting = Arc::clone(slot);
             slot.post_job(Box::new(move || expecting.expect_work()));
