@@ -95,15 +95,26 @@ pub struct HeadStart {
 /// The longest time slice that there is (sched(7)).
 const LONG_SLICE: Duration = Duration::from_millis(100);
 
+/// Gives the calling thread an ordinary time slice, if the one that started it was to let a keeper go first: a thread begins with
+/// the slice of the one that started it. For threads of a program that a keeper's exec may have started.
+pub fn forget_head_start() {
+    if crate::process::time_slice().is_ok_and(|slice| slice == LONG_SLICE) {
+        // As in `HeadStart::begin`: what cannot be set was not set.
+        let _ = crate::process::set_time_slice(0, Duration::ZERO);
+    }
+}
+
 impl HeadStart {
-    fn begin() -> HeadStart {
-        let successor = std::os::unix::process::parent_id();
+    fn begin(successor: u32) -> HeadStart {
+        // It is not there any more, or a sandbox has no such call: then it competes.
+        let slice = if successor == std::os::unix::process::parent_id() {
+            crate::process::set_time_slice(successor, LONG_SLICE).ok()
+        } else {
+            None
+        };
         HeadStart {
             goes_first: ORDERS.goes_first.load(Ordering::Acquire),
-            // It is not there any more, or a sandbox has no such call: then it competes.
-            steps_back: crate::process::set_time_slice(successor, LONG_SLICE)
-                .ok()
-                .map(|before| (successor, before)),
+            steps_back: slice.map(|before| (successor, before)),
         }
     }
 }
@@ -183,6 +194,7 @@ impl Keeper {
     /// # Errors
     /// Those of execve(2); the keeper is gone then.
     pub fn exec(mut self, exec: &PreparedExec) -> io::Result<Departed> {
+        let successor = std::process::id();
         // SAFETY: the keeper waits for nothing but this, and the arguments of `exec` are whole.
         match unsafe { exec_or_go_on(exec) } {
             Ok(()) => {
@@ -191,8 +203,8 @@ impl Keeper {
                 // It runs on the main stack now.
                 drop(this.stack.take());
                 IN_USE.store(false, Ordering::Release);
-                let successor = this.parent.take().ok_or(io::ErrorKind::NotFound)?;
-                Ok(Departed { successor, head_start: HeadStart::begin() })
+                let head_start = HeadStart::begin(successor);
+                Ok(Departed { successor: this.parent.take().ok_or(io::ErrorKind::NotFound)?, head_start })
             }
             Err(error) => {
                 self.end()?;

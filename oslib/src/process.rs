@@ -83,19 +83,34 @@ fn set_policy(pid: i32, policy: libc::c_int) -> io::Result<()> {
     Ok(())
 }
 
-/// Gives the main thread of `pid` another time slice, and returns the one that it had. A thread with a shorter slice runs before
-/// one with a longer when it wakes. Kernels before 6.12 take no notice.
+/// The time slice of the calling thread; zero where the kernel does not tell.
+///
+/// # Errors
+/// ENOSYS or EPERM where a sandbox has no such call.
+pub(crate) fn time_slice() -> io::Result<Duration> {
+    Ok(Duration::from_nanos(scheduling(0)?.sched_runtime))
+}
+
+fn scheduling(pid: u32) -> io::Result<libc::sched_attr> {
+    // SAFETY: plain numbers, for which zero is a value.
+    let mut attributes: libc::sched_attr = unsafe { std::mem::zeroed() };
+    attributes.size = u32::try_from(size_of_val(&attributes)).map_err(|_| io::ErrorKind::InvalidInput)?;
+    let size = attributes.size;
+    // SAFETY: the kernel writes at most `size` bytes, which are there.
+    Errno::result(unsafe { libc::syscall(libc::SYS_sched_getattr, pid, &raw mut attributes, size, 0) })?;
+    attributes.size = size;
+    Ok(attributes)
+}
+
+/// Gives the main thread of `pid`, or the calling thread for 0, another time slice, and returns the one that it had; zero is what
+/// the system gives. A thread with a shorter slice runs before one with a longer when it wakes. Kernels before 6.12 take
+/// no notice.
 ///
 /// # Errors
 /// EPERM for another user's process, ESRCH if there is none; ENOSYS or EPERM where a sandbox has no such call.
 pub(crate) fn set_time_slice(pid: u32, slice: Duration) -> io::Result<Duration> {
-    let size = u32::try_from(size_of::<libc::sched_attr>()).map_err(|_| io::ErrorKind::InvalidInput)?;
-    // SAFETY: plain numbers, for which zero is a value.
-    let mut attributes: libc::sched_attr = unsafe { std::mem::zeroed() };
-    // SAFETY: the kernel writes at most `size` bytes, which are there.
-    Errno::result(unsafe { libc::syscall(libc::SYS_sched_getattr, pid, &raw mut attributes, size, 0) })?;
+    let mut attributes = scheduling(pid)?;
     let before = Duration::from_nanos(attributes.sched_runtime);
-    attributes.size = size;
     attributes.sched_runtime = u64::try_from(slice.as_nanos()).map_err(|_| io::ErrorKind::InvalidInput)?;
     // SAFETY: the kernel reads `size` bytes.
     Errno::result(unsafe { libc::syscall(libc::SYS_sched_setattr, pid, &raw const attributes, 0) })?;

@@ -34,11 +34,22 @@ impl Cpus {
         Ok(cpus)
     }
 
+    /// All that there can be. Given to a thread: all that its control group lets it have, now and later (cpuset(7)).
+    pub fn all() -> Self {
+        let mut cpus = Self::none();
+        for cpu in 0..Self::ROOM {
+            // SAFETY: the set is ours, and has a bit of this number.
+            unsafe { libc::CPU_SET(cpu, &mut cpus.0) };
+        }
+        cpus
+    }
+
     /// Those of a thread of this process.
     ///
     /// # Errors
     /// As [`of_caller`](Self::of_caller); ESRCH if the thread has ended.
     pub fn of<T>(thread: &JoinHandle<T>) -> io::Result<Self> {
+        check_runs(thread)?;
         let mut cpus = Self::none();
         // SAFETY: a thread that has a handle can be named by it, even if it has ended. The set is written within its size.
         let error = unsafe {
@@ -70,6 +81,7 @@ impl Cpus {
     /// # Errors
     /// EINVAL if none of them is one that the thread may be given (cpuset(7)); ESRCH if it has ended.
     pub fn apply_to<T>(&self, thread: &JoinHandle<T>) -> io::Result<()> {
+        check_runs(thread)?;
         // SAFETY: as in `of`; the set is only read.
         result(unsafe {
             libc::pthread_setaffinity_np(thread.as_pthread_t(), size_of_val(&self.0), &raw const self.0)
@@ -88,6 +100,11 @@ impl std::fmt::Debug for Cpus {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.debug_set().entries(self.iter()).finish()
     }
+}
+
+/// The C library takes a thread that has ended for the caller (its thread id is 0 then).
+fn check_runs<T>(thread: &JoinHandle<T>) -> io::Result<()> {
+    if thread.is_finished() { Err(io::Error::from_raw_os_error(libc::ESRCH)) } else { Ok(()) }
 }
 
 /// The CPU that the caller runs on, as of a moment ago.
@@ -122,9 +139,22 @@ mod tests {
         Cpus::only(last).apply_to(&thread).unwrap();
         assert_eq!(Cpus::of(&thread).unwrap().iter().collect::<Vec<_>>(), [last]);
         assert_eq!(Cpus::only(1023).apply_to(&thread).unwrap_err().raw_os_error(), Some(libc::EINVAL));
+        Cpus::all().apply_to(&thread).unwrap();
+        assert!(Cpus::of(&thread).unwrap().iter().count() >= all.len());
         home.apply_to(&thread).unwrap();
         drop(sender);
         assert_eq!(thread.join().unwrap(), all);
+    }
+
+    #[test]
+    fn a_thread_that_has_ended_is_not_taken_for_the_caller() {
+        let thread = std::thread::spawn(|| {});
+        while !thread.is_finished() {
+            std::thread::yield_now();
+        }
+        let before: Vec<usize> = Cpus::of_caller().unwrap().iter().collect();
+        assert_eq!(Cpus::only(before[0]).apply_to(&thread).unwrap_err().raw_os_error(), Some(libc::ESRCH));
+        assert_eq!(Cpus::of_caller().unwrap().iter().collect::<Vec<_>>(), before);
     }
 
     #[test]

@@ -173,6 +173,7 @@ impl Shared {
 
     /// The thread.
     fn run(&self) {
+        oslib::keeper::forget_head_start();
         // After an exec every signal is blocked, those of its own mistakes among them.
         if let Err(error) = signals::set_mask(vcpu::quiet_mask()) {
             tracing::error!(%error, "cannot set the signal mask of the I/O thread");

@@ -281,8 +281,12 @@ impl Slot {
             && *process == placed.process
             && Cpus::of(handle).is_ok_and(|cpus| cpus.iter().eq([placed.cpu]))
         {
-            // Only a thread that has ended is not there to be released.
-            let _ = placed.home.apply_to(handle);
+            // Asked for by name, the same CPUs would stay its own even if its control group got more.
+            let all = Cpus::all().apply_to(handle).and_then(|()| Cpus::of(handle));
+            if !all.is_ok_and(|cpus| cpus.iter().eq(placed.home.iter())) {
+                // Only a thread that has ended is not there to be released.
+                let _ = placed.home.apply_to(handle);
+            }
         }
     }
 

@@ -104,6 +104,7 @@ impl VcpuThread {
 
     fn start(&self) -> Result<(), VcpuError> {
         // After an exec every signal is blocked, the kick among them; before one, SIGTERM is the main loop's affair.
+        oslib::keeper::forget_head_start();
         signals::set_mask(thread_mask())
             .map_err(|source| KvmError { call: "pthread_sigmask of a vCPU thread", source })?;
         self.slot.introduce(ThreadId::current());
