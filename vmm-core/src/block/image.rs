@@ -87,8 +87,8 @@ impl std::error::Error for ImageError {
 /// What is the matter with it.
 #[derive(Debug, thiserror::Error)]
 enum Problem {
-    #[error("cannot be opened for reading{}", if *.1 { "" } else { " and writing; read-only=on does without the latter" })]
-    Open(#[source] io::Error, bool),
+    #[error("cannot be opened for reading{}{}", if *.read_only { "" } else { " and writing" }, hint(source, *.read_only))]
+    Open { source: io::Error, read_only: bool },
     #[error("cannot be examined")]
     Examine(#[source] io::Error),
     #[error("is {0}; an image is a regular file or a block device")]
@@ -108,6 +108,13 @@ enum Problem {
     Shorter { found: u64, expected: u64 },
 }
 
+/// What helps who may read an image, but not write to it.
+fn hint(error: &io::Error, read_only: bool) -> &'static str {
+    let is_denied =
+        matches!(error.kind(), io::ErrorKind::PermissionDenied | io::ErrorKind::ReadOnlyFilesystem);
+    if is_denied && !read_only { "; read-only=on does without the latter" } else { "" }
+}
+
 /// An image in use.
 #[derive(Debug)]
 pub struct Image {
@@ -123,7 +130,7 @@ impl Image {
     /// # Errors
     /// [`ImageError`]: it is missing, of another kind, or somebody else's.
     pub fn open(config: ImageConfig) -> Result<Self, ImageError> {
-        let refused = |error| config.fail(Problem::Open(error, config.read_only));
+        let refused = |source| config.fail(Problem::Open { source, read_only: config.read_only });
         // Before it is opened: a pipe would wait for its other end.
         check_kind(&config, &std::fs::metadata(&config.path).map_err(refused)?)?;
         let opened = OpenOptions::new().read(true).write(!config.read_only).open(&config.path);

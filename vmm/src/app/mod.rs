@@ -508,13 +508,12 @@ impl App {
         self.deliver_events();
         self.flush_output();
         self.leave_to_source();
+        self.remove_traces();
+    }
+
+    /// Gives terminals back, and removes what others found this program by.
+    pub fn remove_traces(&mut self) {
         self.parts.chardevs.iter_mut().for_each(Chardev::close);
-        // Of a guest that moved here or from here it names another process, or none yet.
-        let is_ours = |path: &&std::path::PathBuf| {
-            std::fs::read_to_string(path).is_ok_and(|pid| pid.trim() == std::process::id().to_string())
-        };
-        if let Some(path) = self.parts.config.pidfile.as_ref().filter(is_ours) {
-            let _ = std::fs::remove_file(path);
-        }
+        self.parts.config.pidfile.iter().for_each(|path| startup::remove_pidfile(path));
     }
 }

@@ -52,7 +52,8 @@ impl DeviceConfig {
     pub fn describe(&self) -> String {
         match &self.id {
             Some(id) => format!("{} '{id}'", self.model()),
-            None => format!("{} at slot {}", self.model(), self.slot),
+            // Hexadecimal, as in addr=.
+            None => format!("{} at slot {:x}", self.model(), self.slot),
         }
     }
 
