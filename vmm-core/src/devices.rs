@@ -184,6 +184,16 @@ impl Devices {
         [bus].into_iter().chain(self.slots.iter().flat_map(of_slot)).collect()
     }
 
+    /// Whether what is behind them on the host is as the next process has to find it.
+    ///
+    /// # Errors
+    /// The device that has lost it.
+    pub(crate) fn check_backing(&self) -> Result<(), MachineError> {
+        self.slots
+            .values()
+            .try_for_each(|slot| slot.virtio.check_backing().map_err(|source| slot.error(source)))
+    }
+
     /// Writes the state of bus and devices.
     ///
     /// # Errors

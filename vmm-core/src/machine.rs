@@ -371,6 +371,15 @@ impl Machine {
         self.devices.iter().flat_map(Devices::unsavable).collect()
     }
 
+    /// Whether what is behind the devices on the host is as the next process, which gets it as it is, has to find it: disks as
+    /// long as the guest knows them, interfaces in place. The guest may be running.
+    ///
+    /// # Errors
+    /// [`MachineError::Device`] with the one that has lost it.
+    pub fn check_backing(&self) -> Result<(), MachineError> {
+        self.devices.as_ref().map_or(Ok(()), Devices::check_backing)
+    }
+
     /// The sections of the PCI bus and its devices, each with its instance: what [`Machine::save_devices`] writes.
     pub fn device_sections(&self) -> Vec<(u32, SectionVersions)> {
         self.devices.iter().flat_map(Devices::sections).collect()

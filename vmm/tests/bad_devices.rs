@@ -9,10 +9,11 @@ use std::process::{Command, Output};
 
 use anyhow::{Context, ensure};
 use oslib::{cloexec, tap};
+use serde_json::json;
 use tempfile::TempDir;
 use testkit::network::ip;
 use testkit::process::status_field;
-use testkit::{Machine, PATIENCE, VmmBuilder, need_kvm, need_network, skip_unless, wait_for};
+use testkit::{Machine, PATIENCE, Vmm, VmmBuilder, need_kvm, need_network, skip_unless, wait_for};
 
 fn run(args: &[&str]) -> anyhow::Result<Output> {
     Ok(Command::new(env!("CARGO_BIN_EXE_cpr-vmm")).args(args).output()?)
@@ -237,6 +238,20 @@ fn a_tap_that_cannot_be_had_ends_the_start_without_a_trace() -> anyhow::Result<(
     Ok(())
 }
 
+/// `migrate` itself refuses: by cpr-exec, and by cpr-transfer.
+fn refused_at_once(machine: &mut Machine, expected: &[&str]) -> anyhow::Result<()> {
+    let pid = machine.runner()?;
+    machine.vmm.set_exec(&machine.vmm.exec_command("memfd:"))?;
+    let error = machine.vmm.qmp().refused("migrate", json!({ "uri": "memfd:" }))?;
+    all_in(&error.desc, expected).context("cpr-exec")?;
+    machine.set("mode", json!("cpr-transfer"))?;
+    let nobody = machine.vmm.path("nobody");
+    let error = machine.vmm.qmp().refused("migrate", Vmm::channels_to(&nobody))?;
+    all_in(&error.desc, expected).context("cpr-transfer")?;
+    ensure!(machine.runner()? == pid);
+    machine.verify()
+}
+
 /// An update by cpr-exec, and one by cpr-transfer, for which nothing is asked beforehand that could find it.
 fn both_fail(machine: &mut Machine, options: &[&str], expected: &[&str]) -> anyhow::Result<()> {
     let command = machine.vmm.exec_command("memfd:");
@@ -262,18 +277,15 @@ fn an_image_that_became_shorter_is_refused_by_the_next_program() -> anyhow::Resu
     let options = ["-drive", &format!("file={},format=raw,id=d0", image.path().display())];
     let mut machine = Machine::start(VmmBuilder::new().args(&options))?;
     image.as_file().set_len(4096)?;
-    let expected = "is shorter than before the update: 4096 bytes, the guest's disk has 1048576";
-    both_fail(&mut machine, &options, &["drive d0: ", &image.path().display().to_string(), expected])?;
+    let expected = "has become shorter: 4096 bytes, the guest's disk has 1048576";
+    refused_at_once(&mut machine, &["drive d0: ", &image.path().display().to_string(), expected])?;
     // With its length it is the disk again.
     image.as_file().set_len(1 << 20)?;
     machine.vmm.update()?;
     // Out of storage as well, and the guest is there for another try.
-    let uri = format!("file:{}", machine.vmm.path("vm.state").display());
+    let folder = tempfile::tempdir()?;
+    let uri = format!("file:{}", folder.path().join("vm.state").display());
     machine.vmm.store(&uri)?;
-    let state = machine.vmm.path("vm.state");
-    let kept = tempfile::tempdir()?;
-    let uri = format!("file:{}", kept.path().join("vm.state").display());
-    fs::copy(state, kept.path().join("vm.state"))?;
     machine.vmm.quit()?;
     image.as_file().set_len(4096)?;
     let mut target = VmmBuilder::new().args(&options).incoming(&uri).spawn()?;
@@ -300,8 +312,8 @@ fn another_image_of_the_same_name_is_refused() -> anyhow::Result<()> {
     both_fail(&mut machine, &options, &expected)?;
     fs::rename(&old, &image)?;
     machine.vmm.update()?;
-    machine.beats_on()?;
-    machine.vmm.quit()
+    machine.runner()?;
+    end(machine.vmm)
 }
 
 #[test]
@@ -317,10 +329,15 @@ fn a_tap_that_vanished_is_refused_by_the_next_program() -> anyhow::Result<()> {
     ip("link set dev t1 name t0")?;
     machine.vmm.update()?;
     ip("link delete dev t0")?;
-    let expected = ["netdev 'n0'", "the tap has no interface: it was deleted while the descriptor was open"];
-    both_fail(&mut machine, &options, &expected)?;
+    let expected =
+        ["tap interface 't0' cannot be used any more: ", "it was deleted while the descriptor was open"];
+    refused_at_once(&mut machine, &expected)?;
     ensure!(ip("link show dev t0").is_err(), "the interface was made anew");
-    machine.verify()?;
-    machine.vmm.qmp().execute("quit", serde_json::json!({}))?;
-    wait_for("the end of every process", PATIENCE, || machine.vmm.processes().is_empty().then_some(()))
+    end(machine.vmm)
+}
+
+/// Ends the program, in whatever process it is by now.
+fn end(mut vmm: Vmm) -> anyhow::Result<()> {
+    vmm.qmp().execute("quit", json!({}))?;
+    wait_for("the end of every process", PATIENCE, || vmm.processes().is_empty().then_some(()))
 }

@@ -104,7 +104,7 @@ enum Problem {
         if *.0 { "read-only" } else { "writable" }
     )]
     Access(bool),
-    #[error("is shorter than before the update: {found} bytes, the guest's disk has {expected}")]
+    #[error("has become shorter: {found} bytes, the guest's disk has {expected}; give it its length back")]
     Shorter { found: u64, expected: u64 },
 }
 
@@ -190,16 +190,17 @@ impl Image {
         self.len.div_ceil(SECTOR_LEN)
     }
 
-    /// Checks that a disk of `sectors` fits, which the guest had before an update.
+    /// Checks that a disk of `sectors`, which the guest has, still fits into the image as it is now.
     ///
     /// # Errors
     /// [`ImageError`]: the image is shorter.
     pub fn check_room(&self, sectors: u64) -> Result<(), ImageError> {
-        if self.sectors() >= sectors {
+        let found = len(&self.file).map_err(|error| self.config.fail(Problem::Examine(error)))?;
+        if found.div_ceil(SECTOR_LEN) >= sectors {
             return Ok(());
         }
         let expected = sectors.saturating_mul(SECTOR_LEN);
-        Err(self.config.fail(Problem::Shorter { found: self.len, expected }))
+        Err(self.config.fail(Problem::Shorter { found, expected }))
     }
 }
 
@@ -332,10 +333,10 @@ mod tests {
         let image = Image::open(config(&file)).unwrap();
         image.check_room(2).unwrap();
         let error = image.check_room(3).unwrap_err().to_string();
-        assert!(
-            error.ends_with("is shorter than before the update: 1024 bytes, the guest's disk has 1536"),
-            "{error}"
-        );
+        assert!(error.contains("has become shorter: 1024 bytes, the guest's disk has 1536"), "{error}");
         image.check_room(u64::MAX).unwrap_err();
+        // Also while it is in use.
+        file.as_file().set_len(512).unwrap();
+        image.check_room(2).unwrap_err();
     }
 }

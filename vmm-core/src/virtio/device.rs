@@ -83,6 +83,14 @@ pub trait Persistent {
     /// State that cannot be told; the update fails and the guest goes on.
     fn save(&self, main: &mut FrameWriter, instance: u32) -> Result<(), BoxError>;
 
+    /// Whether what is behind the device on the host is as its next process has to find it. Asked while the guest runs.
+    ///
+    /// # Errors
+    /// What has become of it.
+    fn check_backing(&self) -> Result<(), BoxError> {
+        Ok(())
+    }
+
     /// Reads them, into a device that has not been used. Nothing outside this process is touched.
     ///
     /// # Errors

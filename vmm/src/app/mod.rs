@@ -435,6 +435,10 @@ impl App {
         let request = self.update_request(channels)?;
         let (mode, stored) = self.parts.settings.attempt(request)?;
         let properties = mode.properties();
+        if properties.contains(Properties::DESCRIPTORS_SURVIVE) {
+            // Later on the next program would find out, and so might the one that it is to fall back to.
+            self.check_backing().map_err(|error| QmpError::generic(errors::text(error.as_ref())))?;
+        }
         let (mode_name, course) = (mode.id().to_string(), mode.course());
         let mut update = Update::begin(&self.parts.services, mode, self)
             .map_err(|error| QmpError::generic(errors::text(&error)))?;
@@ -454,6 +458,10 @@ impl App {
         self.emit_migration_event();
         self.update = Some(update);
         Ok(())
+    }
+
+    fn check_backing(&self) -> anyhow::Result<()> {
+        Ok(self.hardware()?.machine.check_backing()?)
     }
 
     fn cancel_update(&mut self) {

@@ -510,6 +510,10 @@ impl Persistent for Block {
         Ok(main.put_section(instance, &state)?)
     }
 
+    fn check_backing(&self) -> Result<(), BoxError> {
+        Ok(self.image.check_room(self.sectors)?)
+    }
+
     fn load(&mut self, main: &mut Frame, instance: u32) -> Result<(), BoxError> {
         let state: BlockState = main.require_section(instance)?;
         let same = |what, before: String, now: String| {

@@ -79,6 +79,10 @@ impl Persistent for Net {
         Ok(())
     }
 
+    fn check_backing(&self) -> Result<(), BoxError> {
+        self.pairs.iter().try_for_each(|pair| pair.link.check())
+    }
+
     fn load(&mut self, main: &mut Frame, instance: u32) -> Result<(), BoxError> {
         let state: NetState = main.require_section(instance)?;
         state.check(self.pairs.len(), self.settings.mtu)?;

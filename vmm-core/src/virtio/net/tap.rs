@@ -4,6 +4,7 @@ use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
 
+use cpr_core::error::BoxError;
 use oslib::tap::{self, Interface, Offloads, TapError};
 
 use super::{HEADER_LEN, Link};
@@ -59,6 +60,15 @@ pub enum NetError {
         found: String,
         /// What the command line says.
         expected: String,
+    },
+    /// It is gone, or another one.
+    #[error("tap interface '{name}' cannot be used any more")]
+    Lost {
+        /// What it was called.
+        name: String,
+        /// Why.
+        #[source]
+        source: TapError,
     },
     /// Somebody changed it since the update's source had it.
     #[error("tap interface '{name}' {what}, so somebody else has changed it")]
@@ -193,6 +203,11 @@ impl Link for Tap {
 
     fn is_adopted(&self) -> bool {
         self.adopted
+    }
+
+    fn check(&self) -> Result<(), BoxError> {
+        let is_there = tap::interface(&self.fd).map(drop);
+        is_there.map_err(|source| NetError::Lost { name: self.interface.name.clone(), source }.into())
     }
 
     fn set_offloads(&self, offloads: Offloads) -> io::Result<()> {

@@ -234,6 +234,14 @@ impl VirtioPci {
         Some(transport.into_iter().chain(own).collect())
     }
 
+    /// Whether what is behind the device on the host is as its next process has to find it.
+    ///
+    /// # Errors
+    /// What has become of it.
+    pub fn check_backing(&self) -> Result<(), BoxError> {
+        self.lock().persistent().map_or(Ok(()), |device| device.check_backing())
+    }
+
     /// Writes the state as sections of this instance. The guest is stopped, and the device at rest.
     ///
     /// # Errors
