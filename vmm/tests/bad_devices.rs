@@ -252,8 +252,27 @@ fn refused_at_once(machine: &mut Machine, expected: &[&str]) -> anyhow::Result<(
     machine.verify()
 }
 
-/// An update by cpr-exec, and one by cpr-transfer, for which nothing is asked beforehand that could find it.
-fn both_fail(machine: &mut Machine, options: &[&str], expected: &[&str]) -> anyhow::Result<()> {
+/// The next program refuses when it is asked: that of a cpr-exec, and a waiting one.
+fn refused_when_asked(machine: &mut Machine, options: &[&str], expected: &[&str]) -> anyhow::Result<()> {
+    let pid = machine.runner()?;
+    let command = machine.vmm.exec_command("memfd:");
+    machine.begin(&command, "memfd:")?;
+    let error = machine.has_failed()?;
+    all_in(&error, expected).context("cpr-exec")?;
+    all_in(&error, &["preflight"])?;
+    let target = VmmBuilder::new().args(options).target("unix:main.sock").start()?;
+    machine.vmm.begin_transfer(&target.cpr_socket())?;
+    let error = machine.has_failed()?;
+    all_in(&error, expected).context("cpr-transfer")?;
+    all_in(&error, &["preflight"])?;
+    ensure!(machine.runner()? == pid);
+    machine.verify()
+}
+
+/// Nobody is asked: the next program refuses once it has everything, and so does the one that it falls back to. By cpr-exec the
+/// guest runs on in another process.
+fn refused_by_the_next(machine: &mut Machine, options: &[&str], expected: &[&str]) -> anyhow::Result<()> {
+    machine.vmm.set_preflight("off")?;
     let command = machine.vmm.exec_command("memfd:");
     machine.begin(&command, "memfd:")?;
     let error = machine.has_failed()?;
@@ -266,11 +285,12 @@ fn both_fail(machine: &mut Machine, options: &[&str], expected: &[&str]) -> anyh
     ensure!(target.wait_exit()? == Some(1), "{}", target.stderr());
     all_in(&target.stderr(), expected)?;
     machine.runner()?;
-    machine.verify()
+    machine.verify()?;
+    machine.vmm.set_preflight("require")
 }
 
 #[test]
-fn an_image_that_became_shorter_is_refused_by_the_next_program() -> anyhow::Result<()> {
+fn an_image_that_became_shorter_is_refused() -> anyhow::Result<()> {
     need_kvm!();
     let image = tempfile::NamedTempFile::new()?;
     image.as_file().set_len(1 << 20)?;
@@ -309,7 +329,8 @@ fn another_image_of_the_same_name_is_refused() -> anyhow::Result<()> {
     fs::rename(&image, &old)?;
     fs::File::create(&image)?.set_len(1 << 20)?;
     let expected = ["drive d0: ", "is not the image that the guest has", "name the same one"];
-    both_fail(&mut machine, &options, &expected)?;
+    refused_when_asked(&mut machine, &options, &expected)?;
+    refused_by_the_next(&mut machine, &options, &expected)?;
     fs::rename(&old, &image)?;
     machine.vmm.update()?;
     machine.runner()?;
@@ -317,7 +338,7 @@ fn another_image_of_the_same_name_is_refused() -> anyhow::Result<()> {
 }
 
 #[test]
-fn a_tap_that_vanished_is_refused_by_the_next_program() -> anyhow::Result<()> {
+fn a_tap_that_was_renamed_or_vanished_is_refused() -> anyhow::Result<()> {
     need_kvm!();
     need_network!();
     ip("tuntap add dev t0 mode tap vnet_hdr")?;
@@ -325,7 +346,8 @@ fn a_tap_that_vanished_is_refused_by_the_next_program() -> anyhow::Result<()> {
     let mut machine = Machine::start(VmmBuilder::new().args(&options))?;
     ip("link set dev t0 name t1")?;
     let expected = ["the guest's network is on tap interface 't1', not on 't0'"];
-    both_fail(&mut machine, &options, &expected)?;
+    refused_when_asked(&mut machine, &options, &expected)?;
+    refused_by_the_next(&mut machine, &options, &expected)?;
     ip("link set dev t1 name t0")?;
     machine.vmm.update()?;
     ip("link delete dev t0")?;
@@ -333,7 +355,15 @@ fn a_tap_that_vanished_is_refused_by_the_next_program() -> anyhow::Result<()> {
         ["tap interface 't0' cannot be used any more: ", "it was deleted while the descriptor was open"];
     refused_at_once(&mut machine, &expected)?;
     ensure!(ip("link show dev t0").is_err(), "the interface was made anew");
-    end(machine.vmm)
+    // Out of storage the guest goes on with another one of that name.
+    let folder = tempfile::tempdir()?;
+    let uri = format!("file:{}", folder.path().join("vm.state").display());
+    machine.vmm.store(&uri)?;
+    end(machine.vmm)?;
+    ip("tuntap add dev t0 mode tap vnet_hdr")?;
+    let vmm = VmmBuilder::new().args(&options).incoming(&uri).start()?;
+    vmm.guest()?.beats_on(0)?;
+    vmm.quit()
 }
 
 /// Ends the program, in whatever process it is by now.

@@ -8,6 +8,8 @@ use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
+use serde::{Deserialize, Serialize};
+
 use super::lock::{LockError, Use};
 
 /// Bytes of a sector, in which disks are counted.
@@ -59,8 +61,40 @@ impl ImageConfig {
         }
     }
 
+    /// Checks that the path, if anything is found there, leads to the image that the guest has.
+    ///
+    /// # Errors
+    /// [`ImageError`]: it leads to another one.
+    pub fn check_identity(&self, guests: ImageIdentity) -> Result<(), ImageError> {
+        // A name that is gone, or that this process cannot see, says nothing: the descriptor is the image.
+        match std::fs::metadata(&self.path) {
+            Ok(named) if ImageIdentity::of(&named) != guests => Err(self.fail(Problem::Another)),
+            _ => Ok(()),
+        }
+    }
+
     fn fail(&self, problem: Problem) -> ImageError {
         ImageError { id: self.id.clone(), path: self.path.clone(), problem }
+    }
+}
+
+/// What is the same for all names of a file, or of a block device.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ImageIdentity {
+    is_block_device: bool,
+    /// The device itself, or the one that the file is on.
+    device: u64,
+    /// 0 for a block device.
+    inode: u64,
+}
+
+impl ImageIdentity {
+    fn of(metadata: &Metadata) -> ImageIdentity {
+        if metadata.file_type().is_block_device() {
+            ImageIdentity { is_block_device: true, device: metadata.rdev(), inode: 0 }
+        } else {
+            ImageIdentity { is_block_device: false, device: metadata.dev(), inode: metadata.ino() }
+        }
     }
 }
 
@@ -146,12 +180,7 @@ impl Image {
     pub fn adopt(config: ImageConfig, fd: Arc<File>) -> Result<Self, ImageError> {
         let examine = |error| config.fail(Problem::Examine(error));
         let open = fd.metadata().map_err(examine)?;
-        // A name that is gone, or that this process cannot see, says nothing: the descriptor is the image.
-        if let Ok(named) = std::fs::metadata(&config.path)
-            && identity(&named) != identity(&open)
-        {
-            return Err(config.fail(Problem::Another));
-        }
+        config.check_identity(ImageIdentity::of(&open))?;
         if oslib::storage::is_writable(&fd).map_err(examine)? == config.read_only {
             return Err(config.fail(Problem::Access(config.read_only)));
         }
@@ -172,6 +201,15 @@ impl Image {
     /// The descriptor, which an update has to bring along.
     pub fn fd(&self) -> &Arc<File> {
         &self.file
+    }
+
+    /// Which one it is.
+    ///
+    /// # Errors
+    /// [`ImageError`]: it cannot be examined.
+    pub fn identity(&self) -> Result<ImageIdentity, ImageError> {
+        let metadata = self.file.metadata().map_err(|error| self.config.fail(Problem::Examine(error)))?;
+        Ok(ImageIdentity::of(&metadata))
     }
 
     /// What it was made with.
@@ -213,15 +251,6 @@ fn check_kind(config: &ImageConfig, metadata: &Metadata) -> Result<(), ImageErro
         () => "a pipe or a socket",
     };
     Err(config.fail(Problem::Kind(other)))
-}
-
-/// What is the same for all names of a file, or of a block device.
-fn identity(metadata: &Metadata) -> (bool, u64, u64) {
-    if metadata.file_type().is_block_device() {
-        (true, metadata.rdev(), 0)
-    } else {
-        (false, metadata.dev(), metadata.ino())
-    }
 }
 
 /// The length in bytes. A block device has none in its metadata, but its end can be sought.

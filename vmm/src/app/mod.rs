@@ -36,6 +36,8 @@ use cpr_reboot::Stored;
 use cpr_transfer::Listener;
 use oslib::signals::{SignalFd, SignalMask};
 
+use vmm_core::virtio::Backing;
+
 use crate::arriving::Arriving;
 use crate::chardev::{Chardev, Direction};
 use crate::cli::config::{Config, Incoming};
@@ -437,7 +439,7 @@ impl App {
         let properties = mode.properties();
         if properties.contains(Properties::DESCRIPTORS_SURVIVE) {
             // Later on the next program would find out, and so might the one that it is to fall back to.
-            self.check_backing().map_err(|error| QmpError::generic(errors::text(error.as_ref())))?;
+            self.backings().map_err(|error| QmpError::generic(errors::text(error.as_ref())))?;
         }
         let (mode_name, course) = (mode.id().to_string(), mode.course());
         let mut update = Update::begin(&self.parts.services, mode, self)
@@ -460,8 +462,8 @@ impl App {
         Ok(())
     }
 
-    fn check_backing(&self) -> anyhow::Result<()> {
-        Ok(self.hardware()?.machine.check_backing()?)
+    fn backings(&self) -> anyhow::Result<Vec<(u8, Backing)>> {
+        Ok(self.hardware()?.machine.backings()?)
     }
 
     fn cancel_update(&mut self) {

@@ -16,12 +16,12 @@ pub trait Link: Send + fmt::Debug {
     /// Whether it has come with an update, set up as the device left it.
     fn is_adopted(&self) -> bool;
 
-    /// Whether another process can go on with it as it is.
+    /// The interface's name by now, if it has one.
     ///
     /// # Errors
-    /// What has become of it.
-    fn check(&self) -> Result<(), BoxError> {
-        Ok(())
+    /// There was one, and it is gone.
+    fn interface(&self) -> Result<Option<String>, BoxError> {
+        Ok(None)
     }
 
     /// What packets may be like that are read. Counts for all queues of a network.

@@ -267,6 +267,14 @@ impl NetdevConfig {
         }
     }
 
+    /// The name of the interface, if the command line has it.
+    pub fn interface(&self) -> Option<&str> {
+        match &self.tap {
+            TapConfig::Named { name, .. } => Some(name),
+            TapConfig::Inherited { .. } => None,
+        }
+    }
+
     /// The name of its descriptors in the registry, with the number of the queue, from 0, as the id.
     pub fn registry_name(&self) -> String {
         format!("netdev/{}", self.id)
