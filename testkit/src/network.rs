@@ -55,14 +55,18 @@ impl Links {
             .spawn()
             .context("ip monitor")?;
         let links = Links { monitor, told };
+        let rename = |alias| ip(&format!("link set dev {link} alias {alias}"));
         // Some time after it was started it listens.
         wait_for("a word of ip monitor", PATIENCE, || {
-            ip(&format!("link set dev {link} alias watched")).ok()?;
+            rename("heard").ok()?;
             std::thread::sleep(Duration::from_millis(20));
             links.told().ok().filter(|told| !told.is_empty())
         })?;
-        // What was told of that has all come by now.
-        std::thread::sleep(Duration::from_millis(100));
+        // The last of them.
+        rename("watched")?;
+        wait_for("the last word of ip monitor", PATIENCE, || {
+            links.told().ok().filter(|told| told.contains("alias watched"))
+        })?;
         links.told.as_file().set_len(0)?;
         Ok(links)
     }

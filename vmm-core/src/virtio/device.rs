@@ -6,7 +6,6 @@ use std::os::fd::BorrowedFd;
 
 use cpr_core::error::BoxError;
 use cpr_core::frame::{Frame, FrameWriter};
-
 use serde::{Deserialize, Serialize};
 
 use super::Driver;

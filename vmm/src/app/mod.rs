@@ -35,7 +35,6 @@ use cpr_exec::KeeperEnd;
 use cpr_reboot::Stored;
 use cpr_transfer::Listener;
 use oslib::signals::{SignalFd, SignalMask};
-
 use vmm_core::virtio::Backing;
 
 use crate::arriving::Arriving;
