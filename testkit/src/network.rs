@@ -46,7 +46,7 @@ impl Links {
     /// Watches from now on.
     ///
     /// # Errors
-    /// `ip` cannot be started, or hears of nothing: `link` is one whose alias it may change to find that out.
+    /// `ip` cannot be started, or hears of nothing: `link` is one whose MTU it may change to find that out.
     pub fn watch(link: &str) -> anyhow::Result<Links> {
         let told = tempfile::NamedTempFile::new()?;
         let monitor = Command::new("ip")
@@ -55,17 +55,14 @@ impl Links {
             .spawn()
             .context("ip monitor")?;
         let links = Links { monitor, told };
-        let rename = |alias| ip(&format!("link set dev {link} alias {alias}"));
+        let resize = |bytes: u32| ip(&format!("link set dev {link} mtu {bytes}"));
         // Some time after it was started it listens.
+        let mut bytes = 1300;
         wait_for("a word of ip monitor", PATIENCE, || {
-            rename("heard").ok()?;
+            bytes += 1;
+            resize(bytes).ok()?;
             std::thread::sleep(Duration::from_millis(20));
-            links.told().ok().filter(|told| !told.is_empty())
-        })?;
-        // The last of them.
-        rename("watched")?;
-        wait_for("the last word of ip monitor", PATIENCE, || {
-            links.told().ok().filter(|told| told.contains("alias watched"))
+            links.told().ok().filter(|told| told.contains(&format!("mtu {bytes}")))
         })?;
         links.told.as_file().set_len(0)?;
         Ok(links)

@@ -212,6 +212,12 @@ impl Watch {
         let mut console = UnixStream::connect(backing.path("console"))?;
         console.set_nonblocking(true)?;
         console.write_all(b"typed ahead\n")?;
+        for name in [NAMED, GIVEN] {
+            // The kernel notices carriers some time later.
+            let is_up = |link: &String| link.contains("LOWER_UP") && !link.contains("state DOWN");
+            let is_up = || ip(&format!("link show dev {name}")).ok().filter(is_up);
+            wait_for("a carrier", PATIENCE, is_up)?;
+        }
         let links = Links::watch(NAMED)?;
         let before = Network::of(machine.vmm.pid())?;
         ensure!(before.taps.len() == 2 * QUEUES, "{before:?}");
