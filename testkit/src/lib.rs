@@ -12,6 +12,7 @@ mod guest;
 pub mod lab;
 mod machine;
 mod measure;
+pub mod network;
 pub mod process;
 mod qmp;
 mod shell;
@@ -64,6 +65,18 @@ macro_rules! skip_unless {
     ($condition:expr, $($reason:tt)+) => {
         if !$condition {
             eprintln!("SKIPPED {}: {}", $crate::current_test(), format_args!($($reason)+));
+            return Ok(());
+        }
+    };
+}
+
+/// Puts the test that calls it into a network of its own ([`network::enter_own`]), or skips it by name and with the reason. The
+/// test returns a `Result`.
+#[macro_export]
+macro_rules! need_network {
+    () => {
+        if let Err(reason) = $crate::network::enter_own() {
+            eprintln!("SKIPPED {}: {reason}", $crate::current_test());
             return Ok(());
         }
     };

@@ -15,7 +15,7 @@ use crate::memory::GuestRam;
 use crate::pci::{Function, HostState, Hypervisor, PciBus, SLOTS};
 use crate::ports::{MmioBus, PortBus};
 use crate::virtio::pci::{self, Bell, VirtioPci};
-use crate::virtio::{Drained, SectionVersions, VirtioDevice};
+use crate::virtio::{Backing, Drained, SectionVersions, VirtioDevice};
 
 /// Instance of the section of the bus itself; devices have their slots, of which 0 is the host bridge's.
 const BUS: u32 = 0;
@@ -182,6 +182,19 @@ impl Devices {
         };
         let bus = (BUS, (HostState::NAME, HostState::VERSIONS));
         [bus].into_iter().chain(self.slots.iter().flat_map(of_slot)).collect()
+    }
+
+    /// What is behind them on the host, by slot, where the next process has to find the same.
+    ///
+    /// # Errors
+    /// The device that has lost it.
+    pub(crate) fn backings(&self) -> Result<Vec<(u8, Backing)>, MachineError> {
+        let mut backings = Vec::new();
+        for (&at, slot) in &self.slots {
+            let backing = slot.virtio.backing().map_err(|source| slot.error(source))?;
+            backings.extend(backing.map(|backing| (at, backing)));
+        }
+        Ok(backings)
     }
 
     /// Writes the state of bus and devices.

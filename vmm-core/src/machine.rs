@@ -33,7 +33,7 @@ use crate::serial::{COM1_IRQ, COM1_LEN, COM1_PORT, KvmIrqLine, Serial};
 use crate::state::{Blob, GsiRoute, MachineState, PlatformState, VcpuState};
 use crate::time::{Now, TimeState, realtime_ns};
 use crate::vcpu::{self, Environment, EventQueue, EventSender, RunObserver, Vcpus, event_queue};
-use crate::virtio::SectionVersions;
+use crate::virtio::{Backing, SectionVersions};
 use crate::vm_state;
 
 /// The most vCPUs that a machine has. The ACPI tables and the payload's mailboxes go this far.
@@ -376,6 +376,15 @@ impl Machine {
     /// The names of devices that cannot be saved, and so forbid every update.
     pub fn unsavable_devices(&self) -> Vec<&str> {
         self.devices.iter().flat_map(Devices::unsavable).collect()
+    }
+
+    /// What is behind the devices on the host, by slot, where the next process has to find the same. The guest may be running.
+    ///
+    /// # Errors
+    /// [`MachineError::Device`] with one that no process could go on with: its image is shorter than the guest's disk, or its
+    /// interface is gone.
+    pub fn backings(&self) -> Result<Vec<(u8, Backing)>, MachineError> {
+        self.devices.as_ref().map_or(Ok(Vec::new()), Devices::backings)
     }
 
     /// The sections of the PCI bus and its devices, each with its instance: what [`Machine::save_devices`] writes.

@@ -19,7 +19,7 @@ use vmm_core::virtio::console::{self, Console, ConsoleState, HostEnd};
 use vmm_core::virtio::net::{Net, NetState, Settings, Tap};
 use vmm_core::virtio::pci::VirtioState;
 use vmm_core::virtio::rng::{Rng, RngState, Source};
-use vmm_core::virtio::{SectionVersions, VirtioDevice};
+use vmm_core::virtio::{self, SectionVersions, VirtioDevice};
 
 use crate::chardev::{Chardev, Output};
 use crate::cli::config::{
@@ -143,11 +143,7 @@ impl Backing<'_> {
                 found.with_context(|| did_not_arrive(&format!("{name}/{queue}")))
             };
             let fds = (0..netdev.queues().into()).map(queue).collect::<anyhow::Result<_>>()?;
-            let interface = match &netdev.tap {
-                TapConfig::Named { name, .. } => Some(name.as_str()),
-                TapConfig::Inherited { .. } => None,
-            };
-            return Ok(Tap::adopt(fds, interface)?);
+            return Ok(Tap::adopt(fds, netdev.interface())?);
         }
         let taps = match &netdev.tap {
             TapConfig::Named { name, queues } => Tap::open(Some(name), (*queues).into())?,
@@ -212,6 +208,32 @@ fn randomness(source: &RngSource) -> anyhow::Result<Rng> {
         RngSource::File(path) => Source::open(path).with_context(|| format!("'{}'", path.display()))?,
     };
     Ok(Rng::new(source)?)
+}
+
+/// Whether images and interfaces of the command line are those that a guest has, by slot. Nothing is opened.
+///
+/// # Errors
+/// The device that has another one.
+pub(crate) fn check_backings(config: &Config, guests: &[(u8, virtio::Backing)]) -> anyhow::Result<()> {
+    for device in &config.devices {
+        if let Some((_, guests)) = guests.iter().find(|(slot, _)| *slot == device.slot) {
+            check_backing(device, guests).with_context(|| device.describe())?;
+        }
+    }
+    Ok(())
+}
+
+fn check_backing(device: &DeviceConfig, guests: &virtio::Backing) -> anyhow::Result<()> {
+    match (&device.kind, guests) {
+        (DeviceKind::Blk(blk), virtio::Backing::Image(image)) => {
+            Ok(image_config(&blk.drive).check_identity(*image)?)
+        }
+        (DeviceKind::Net(net), virtio::Backing::Interface(found)) => {
+            Ok(Tap::check_name(net.netdev.interface(), found)?)
+        }
+        // Another device, which is a difference that is named as such.
+        _ => Ok(()),
+    }
 }
 
 /// The sections of bus and devices that this program reads.

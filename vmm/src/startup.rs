@@ -9,6 +9,7 @@
 
 use std::ffi::OsString;
 use std::fs::File;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::sync::Arc;
 use std::time::Instant;
@@ -139,9 +140,14 @@ fn start(config: Config, arrival: Option<ExecArrival>) -> anyhow::Result<App> {
     };
     let terminal = early.as_ref().and_then(EarlyState::terminal);
     let in_storage = arriving.is_none() && listening.is_none() && config.incoming.is_some();
+    let is_successor = arriving.is_some();
     let guest = Guest { arriving, early, listening, in_storage };
     let result = build(config, services, sandbox, signals, original_mask, guest).and_then(|mut app| {
-        app.begin()?;
+        app.begin().inspect_err(|_| {
+            if !is_successor {
+                app.remove_traces();
+            }
+        })?;
         Ok(app)
     });
     // The terminal's modes outlive the update; unless a chardev answers for them now, this program must.
@@ -291,6 +297,13 @@ pub(crate) fn write_pidfile(config: &Config) -> anyhow::Result<()> {
         .with_context(|| format!("-pidfile: cannot write {}", path.display()))
 }
 
+/// Removes it, if it names this process. That of a guest that moved here or from here names another one, or none yet.
+pub(crate) fn remove_pidfile(path: &Path) {
+    if std::fs::read_to_string(path).is_ok_and(|pid| pid.trim() == std::process::id().to_string()) {
+        let _ = std::fs::remove_file(path);
+    }
+}
+
 /// Waits for a source.
 fn listen(cpr: &SocketAddress, config: &Config) -> anyhow::Result<Listener> {
     let listener = match cpr {
@@ -308,6 +321,31 @@ fn listen(cpr: &SocketAddress, config: &Config) -> anyhow::Result<Listener> {
     Ok(listener.answering(move |manifest| app::judge(&config, manifest, cpr_transfer::catalogue())))
 }
 
+/// What others find of a program that starts: its process id and its sockets. Removed if the start fails, unless a program
+/// before has left them.
+struct Traces {
+    pidfile: Option<PathBuf>,
+    chardevs: Vec<Chardev>,
+    are_own: bool,
+}
+
+impl Traces {
+    /// Leaves them to an [`App`], which removes them at its end.
+    fn hand_over(mut self) -> Vec<Chardev> {
+        self.are_own = false;
+        std::mem::take(&mut self.chardevs)
+    }
+}
+
+impl Drop for Traces {
+    fn drop(&mut self) {
+        if self.are_own {
+            self.chardevs.iter_mut().for_each(Chardev::close);
+            self.pidfile.iter().for_each(|path| remove_pidfile(path));
+        }
+    }
+}
+
 fn build(
     mut config: Config,
     services: Services,
@@ -316,9 +354,11 @@ fn build(
     original_mask: SignalMask,
     Guest { arriving, early, listening, in_storage }: Guest,
 ) -> anyhow::Result<App> {
+    let mut traces = Traces { pidfile: None, chardevs: Vec::new(), are_own: arriving.is_none() };
     // While the guest is in another process, that is the one to be found; and none while it is in storage.
     if listening.is_none() && !in_storage {
         write_pidfile(&config)?;
+        traces.pidfile.clone_from(&config.pidfile);
     }
     // The source watches that this program gets on.
     let note_progress = || {
@@ -353,7 +393,7 @@ fn build(
         states.iter_mut().for_each(|(state, _)| state.forget_output());
     }
     let consoles = Consoles::new(&config)?;
-    let (mut chardevs, mut front_ends) = (Vec::new(), Vec::new());
+    let mut front_ends = Vec::new();
     for chardev_config in &config.chardevs {
         let identity = chardev::identity(chardev_config)?;
         let at = states.iter().position(|(state, _)| state.identity() == identity);
@@ -379,7 +419,7 @@ fn build(
             front_end.connect(chardev.id());
         }
         front_end.tell_consoles(&chardev);
-        chardevs.push(chardev);
+        traces.chardevs.push(chardev);
         front_ends.push(front_end);
     }
     let observer = Arc::new(BlackoutObserver::default());
@@ -388,7 +428,7 @@ fn build(
             let host = HostSide {
                 services: &services,
                 observer: &observer,
-                chardevs: &chardevs,
+                chardevs: &traces.chardevs,
                 consoles: &consoles,
             };
             Some(ram.into_hardware(&config, &host)?)
@@ -406,6 +446,7 @@ fn build(
     }
     let is_target = arriving.is_some() || listening.is_some() || in_storage;
     let run_state = if is_target { RunState::InMigrate } else { RunState::Prelaunch };
+    let chardevs = traces.hand_over();
     App::new(Parts {
         config,
         services,

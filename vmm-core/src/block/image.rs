@@ -8,6 +8,8 @@ use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
+use serde::{Deserialize, Serialize};
+
 use super::lock::{LockError, Use};
 
 /// Bytes of a sector, in which disks are counted.
@@ -59,8 +61,40 @@ impl ImageConfig {
         }
     }
 
+    /// Checks that the path, if anything is found there, leads to the image that the guest has.
+    ///
+    /// # Errors
+    /// [`ImageError`]: it leads to another one.
+    pub fn check_identity(&self, guests: ImageIdentity) -> Result<(), ImageError> {
+        // A name that is gone, or that this process cannot see, says nothing: the descriptor is the image.
+        match std::fs::metadata(&self.path) {
+            Ok(named) if ImageIdentity::of(&named) != guests => Err(self.fail(Problem::Another)),
+            _ => Ok(()),
+        }
+    }
+
     fn fail(&self, problem: Problem) -> ImageError {
         ImageError { id: self.id.clone(), path: self.path.clone(), problem }
+    }
+}
+
+/// What is the same for all names of a file, or of a block device.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ImageIdentity {
+    is_block_device: bool,
+    /// The device itself, or the one that the file is on.
+    device: u64,
+    /// 0 for a block device.
+    inode: u64,
+}
+
+impl ImageIdentity {
+    fn of(metadata: &Metadata) -> ImageIdentity {
+        if metadata.file_type().is_block_device() {
+            ImageIdentity { is_block_device: true, device: metadata.rdev(), inode: 0 }
+        } else {
+            ImageIdentity { is_block_device: false, device: metadata.dev(), inode: metadata.ino() }
+        }
     }
 }
 
@@ -87,8 +121,8 @@ impl std::error::Error for ImageError {
 /// What is the matter with it.
 #[derive(Debug, thiserror::Error)]
 enum Problem {
-    #[error("cannot be opened for reading{}", if *.1 { "" } else { " and writing; read-only=on does without the latter" })]
-    Open(#[source] io::Error, bool),
+    #[error("cannot be opened for reading{}{}", if *.read_only { "" } else { " and writing" }, hint(source, *.read_only))]
+    Open { source: io::Error, read_only: bool },
     #[error("cannot be examined")]
     Examine(#[source] io::Error),
     #[error("is {0}; an image is a regular file or a block device")]
@@ -104,8 +138,15 @@ enum Problem {
         if *.0 { "read-only" } else { "writable" }
     )]
     Access(bool),
-    #[error("is shorter than before the update: {found} bytes, the guest's disk has {expected}")]
+    #[error("has become shorter: {found} bytes, the guest's disk has {expected}; give it its length back")]
     Shorter { found: u64, expected: u64 },
+}
+
+/// What helps who may read an image, but not write to it.
+fn hint(error: &io::Error, read_only: bool) -> &'static str {
+    let is_denied =
+        matches!(error.kind(), io::ErrorKind::PermissionDenied | io::ErrorKind::ReadOnlyFilesystem);
+    if is_denied && !read_only { "; read-only=on does without the latter" } else { "" }
 }
 
 /// An image in use.
@@ -123,7 +164,7 @@ impl Image {
     /// # Errors
     /// [`ImageError`]: it is missing, of another kind, or somebody else's.
     pub fn open(config: ImageConfig) -> Result<Self, ImageError> {
-        let refused = |error| config.fail(Problem::Open(error, config.read_only));
+        let refused = |source| config.fail(Problem::Open { source, read_only: config.read_only });
         // Before it is opened: a pipe would wait for its other end.
         check_kind(&config, &std::fs::metadata(&config.path).map_err(refused)?)?;
         let opened = OpenOptions::new().read(true).write(!config.read_only).open(&config.path);
@@ -139,12 +180,7 @@ impl Image {
     pub fn adopt(config: ImageConfig, fd: Arc<File>) -> Result<Self, ImageError> {
         let examine = |error| config.fail(Problem::Examine(error));
         let open = fd.metadata().map_err(examine)?;
-        // A name that is gone, or that this process cannot see, says nothing: the descriptor is the image.
-        if let Ok(named) = std::fs::metadata(&config.path)
-            && identity(&named) != identity(&open)
-        {
-            return Err(config.fail(Problem::Another));
-        }
+        config.check_identity(ImageIdentity::of(&open))?;
         if oslib::storage::is_writable(&fd).map_err(examine)? == config.read_only {
             return Err(config.fail(Problem::Access(config.read_only)));
         }
@@ -167,6 +203,15 @@ impl Image {
         &self.file
     }
 
+    /// Which one it is.
+    ///
+    /// # Errors
+    /// [`ImageError`]: it cannot be examined.
+    pub fn identity(&self) -> Result<ImageIdentity, ImageError> {
+        let metadata = self.file.metadata().map_err(|error| self.config.fail(Problem::Examine(error)))?;
+        Ok(ImageIdentity::of(&metadata))
+    }
+
     /// What it was made with.
     pub fn config(&self) -> &ImageConfig {
         &self.config
@@ -183,16 +228,17 @@ impl Image {
         self.len.div_ceil(SECTOR_LEN)
     }
 
-    /// Checks that a disk of `sectors` fits, which the guest had before an update.
+    /// Checks that a disk of `sectors`, which the guest has, still fits into the image as it is now.
     ///
     /// # Errors
     /// [`ImageError`]: the image is shorter.
     pub fn check_room(&self, sectors: u64) -> Result<(), ImageError> {
-        if self.sectors() >= sectors {
+        let found = len(&self.file).map_err(|error| self.config.fail(Problem::Examine(error)))?;
+        if found.div_ceil(SECTOR_LEN) >= sectors {
             return Ok(());
         }
         let expected = sectors.saturating_mul(SECTOR_LEN);
-        Err(self.config.fail(Problem::Shorter { found: self.len, expected }))
+        Err(self.config.fail(Problem::Shorter { found, expected }))
     }
 }
 
@@ -205,15 +251,6 @@ fn check_kind(config: &ImageConfig, metadata: &Metadata) -> Result<(), ImageErro
         () => "a pipe or a socket",
     };
     Err(config.fail(Problem::Kind(other)))
-}
-
-/// What is the same for all names of a file, or of a block device.
-fn identity(metadata: &Metadata) -> (bool, u64, u64) {
-    if metadata.file_type().is_block_device() {
-        (true, metadata.rdev(), 0)
-    } else {
-        (false, metadata.dev(), metadata.ino())
-    }
 }
 
 /// The length in bytes. A block device has none in its metadata, but its end can be sought.
@@ -325,10 +362,10 @@ mod tests {
         let image = Image::open(config(&file)).unwrap();
         image.check_room(2).unwrap();
         let error = image.check_room(3).unwrap_err().to_string();
-        assert!(
-            error.ends_with("is shorter than before the update: 1024 bytes, the guest's disk has 1536"),
-            "{error}"
-        );
+        assert!(error.contains("has become shorter: 1024 bytes, the guest's disk has 1536"), "{error}");
         image.check_room(u64::MAX).unwrap_err();
+        // Also while it is in use.
+        file.as_file().set_len(512).unwrap();
+        image.check_room(2).unwrap_err();
     }
 }

@@ -10,5 +10,5 @@
 mod image;
 mod lock;
 
-pub use image::{Cache, Image, ImageConfig, ImageError, SECTOR_LEN};
+pub use image::{Cache, Image, ImageConfig, ImageError, ImageIdentity, SECTOR_LEN};
 pub use lock::LockError;

@@ -6,8 +6,10 @@ use std::os::fd::BorrowedFd;
 
 use cpr_core::error::BoxError;
 use cpr_core::frame::{Frame, FrameWriter};
+use serde::{Deserialize, Serialize};
 
 use super::Driver;
+use crate::block::ImageIdentity;
 
 /// What kind of device it is, as drivers find it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -68,6 +70,15 @@ pub enum Drained {
     UnderWay,
 }
 
+/// What is behind a device on the host, as the kernel knows it.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Backing {
+    /// The image of a disk.
+    Image(ImageIdentity),
+    /// The name of a network interface.
+    Interface(String),
+}
+
 /// A section's name, and the versions of it that are read and can be written.
 pub type SectionVersions = (&'static str, RangeInclusive<u32>);
 
@@ -82,6 +93,14 @@ pub trait Persistent {
     /// # Errors
     /// State that cannot be told; the update fails and the guest goes on.
     fn save(&self, main: &mut FrameWriter, instance: u32) -> Result<(), BoxError>;
+
+    /// What is behind the device on the host, if its next process has to find the same. Asked while the guest runs.
+    ///
+    /// # Errors
+    /// What has become of it: no process could go on with that.
+    fn backing(&self) -> Result<Option<Backing>, BoxError> {
+        Ok(None)
+    }
 
     /// Reads them, into a device that has not been used. Nothing outside this process is touched.
     ///

@@ -25,6 +25,6 @@ mod test_driver;
 pub(crate) mod testing;
 
 pub use device::{
-    Broken, Class, Direction, Drained, Persistent, SectionVersions, VirtioDevice, Watch, WatchToken,
+    Backing, Broken, Class, Direction, Drained, Persistent, SectionVersions, VirtioDevice, Watch, WatchToken,
 };
 pub use driver::{Driver, Interrupt};

@@ -35,6 +35,7 @@ use cpr_exec::KeeperEnd;
 use cpr_reboot::Stored;
 use cpr_transfer::Listener;
 use oslib::signals::{SignalFd, SignalMask};
+use vmm_core::virtio::Backing;
 
 use crate::arriving::Arriving;
 use crate::chardev::{Chardev, Direction};
@@ -435,6 +436,10 @@ impl App {
         let request = self.update_request(channels)?;
         let (mode, stored) = self.parts.settings.attempt(request)?;
         let properties = mode.properties();
+        if properties.contains(Properties::DESCRIPTORS_SURVIVE) {
+            // Later on the next program would find out, and so might the one that it is to fall back to.
+            self.backings().map_err(|error| QmpError::generic(errors::text(error.as_ref())))?;
+        }
         let (mode_name, course) = (mode.id().to_string(), mode.course());
         let mut update = Update::begin(&self.parts.services, mode, self)
             .map_err(|error| QmpError::generic(errors::text(&error)))?;
@@ -454,6 +459,10 @@ impl App {
         self.emit_migration_event();
         self.update = Some(update);
         Ok(())
+    }
+
+    fn backings(&self) -> anyhow::Result<Vec<(u8, Backing)>> {
+        Ok(self.hardware()?.machine.backings()?)
     }
 
     fn cancel_update(&mut self) {
@@ -508,13 +517,12 @@ impl App {
         self.deliver_events();
         self.flush_output();
         self.leave_to_source();
+        self.remove_traces();
+    }
+
+    /// Gives terminals back, and removes what others found this program by.
+    pub fn remove_traces(&mut self) {
         self.parts.chardevs.iter_mut().for_each(Chardev::close);
-        // Of a guest that moved here or from here it names another process, or none yet.
-        let is_ours = |path: &&std::path::PathBuf| {
-            std::fs::read_to_string(path).is_ok_and(|pid| pid.trim() == std::process::id().to_string())
-        };
-        if let Some(path) = self.parts.config.pidfile.as_ref().filter(is_ours) {
-            let _ = std::fs::remove_file(path);
-        }
+        self.parts.config.pidfile.iter().for_each(|path| startup::remove_pidfile(path));
     }
 }

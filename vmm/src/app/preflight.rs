@@ -15,6 +15,7 @@ use serde::{Deserialize, Serialize};
 use vmm_core::kvm::{self, Capabilities};
 use vmm_core::machine::Machine;
 use vmm_core::state::{PlatformState, SerialState, VcpuState, VmState};
+use vmm_core::virtio::Backing;
 
 use super::App;
 use super::device_shape::{DeviceShape, DevicesSection};
@@ -77,6 +78,8 @@ struct MachineManifest {
     ram: RamManifest,
     /// By slot.
     devices: Vec<DeviceShape>,
+    /// What is behind some of them, with their slots.
+    backings: Vec<(u8, Backing)>,
 }
 
 /// Version 1, of a machine without: what it was when there were none, so that the release before can judge it.
@@ -87,23 +90,23 @@ struct MachineManifestV1 {
 }
 
 impl MachineManifest {
-    fn of(config: &Config) -> MachineManifest {
+    fn of(config: &Config, backings: Vec<(u8, Backing)>) -> MachineManifest {
         let (shape, ram) = (MachineShape::of(config), RamManifest::of(&config.memory));
-        MachineManifest { shape, ram, devices: DeviceShape::all_of(config) }
+        MachineManifest { shape, ram, devices: DeviceShape::all_of(config), backings }
     }
 
     fn put_into(self, manifest: Manifest) -> Manifest {
-        let MachineManifest { shape, ram, devices } = self;
-        match devices.is_empty() {
-            true => manifest.host(1, &MachineManifestV1 { shape, ram }),
-            false => manifest.host(2, &MachineManifest { shape, ram, devices }),
+        if !self.devices.is_empty() {
+            return manifest.host(2, &self);
         }
+        let MachineManifest { shape, ram, .. } = self;
+        manifest.host(1, &MachineManifestV1 { shape, ram })
     }
 
     fn find_in(manifest: &Manifest) -> Result<MachineManifest, FrameError> {
         if manifest.host_version() == 1 {
             let MachineManifestV1 { shape, ram } = manifest.decode_host(1)?;
-            return Ok(MachineManifest { shape, ram, devices: Vec::new() });
+            return Ok(MachineManifest { shape, ram, devices: Vec::new(), backings: Vec::new() });
         }
         manifest.decode_host(2)
     }
@@ -188,7 +191,9 @@ impl RamManifest {
 impl App {
     /// What the next program is shown.
     pub(super) fn show_machine(&self) -> Manifest {
-        let mut manifest = manifest_of(&self.parts.config, self.moves_out);
+        // Looked at as the update began; one that was lost since is the next program's to find.
+        let backings = self.backings().unwrap_or_default();
+        let mut manifest = manifest_with(&self.parts.config, self.moves_out, backings);
         let machine = self.hardware().map(|hardware| &hardware.machine);
         for (instance, (name, versions)) in machine.map(Machine::device_sections).unwrap_or_default() {
             manifest = manifest.section(name, instance, versions);
@@ -201,10 +206,14 @@ impl App {
     }
 }
 
-/// The manifest of a machine with this configuration, without the sections of its devices, which only these know; `moves_out`:
-/// its guest moves to another process.
+/// The manifest of a machine with this configuration, without what only its devices know: their sections, and what is behind
+/// them; `moves_out`: its guest moves to another process.
 pub fn manifest_of(config: &Config, moves_out: bool) -> Manifest {
-    let mut manifest = MachineManifest::of(config).put_into(Manifest::default());
+    manifest_with(config, moves_out, Vec::new())
+}
+
+fn manifest_with(config: &Config, moves_out: bool, backings: Vec<(u8, Backing)>) -> Manifest {
+    let mut manifest = MachineManifest::of(config, backings).put_into(Manifest::default());
     let devices = (!config.devices.is_empty()).then(devices);
     for (name, versions) in sections().into_iter().chain(devices).chain(moves_out.then(moving)) {
         let instances = if name == VcpuState::NAME { config.cpus.into() } else { 1 };
@@ -248,6 +257,7 @@ pub fn judge_shown(
         check_shape(&machine.shape, config),
         machine.ram.check(&config.memory),
         DeviceShape::check_all(&machine.devices, &DeviceShape::all_of(config)),
+        devices::check_backings(config, &machine.backings),
         check_front_ends(config),
     ];
     let obstacles = checks.into_iter().chain(here).filter_map(Result::err);

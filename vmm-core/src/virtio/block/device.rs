@@ -23,7 +23,8 @@ use super::request::{Action, Disk, Request, Status};
 use super::state::BlockState;
 use crate::block::{Cache, Image};
 use crate::virtio::{
-    Broken, Class, Direction, Drained, Driver, Persistent, SectionVersions, VirtioDevice, Watch, WatchToken,
+    Backing, Broken, Class, Direction, Drained, Driver, Persistent, SectionVersions, VirtioDevice, Watch,
+    WatchToken,
 };
 
 /// The most queues that a disk can have.
@@ -508,6 +509,11 @@ impl Persistent for Block {
             writeback: self.writeback,
         };
         Ok(main.put_section(instance, &state)?)
+    }
+
+    fn backing(&self) -> Result<Option<Backing>, BoxError> {
+        self.image.check_room(self.sectors)?;
+        Ok(Some(Backing::Image(self.image.identity()?)))
     }
 
     fn load(&mut self, main: &mut Frame, instance: u32) -> Result<(), BoxError> {

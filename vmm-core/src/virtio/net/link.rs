@@ -4,6 +4,7 @@ use std::fmt;
 use std::io;
 use std::os::fd::BorrowedFd;
 
+use cpr_core::error::BoxError;
 use oslib::tap::Offloads;
 
 /// One queue of a network: the other end of a pair of virtio queues. [`Tap`](super::Tap) is the one there is; a test has a
@@ -14,6 +15,14 @@ pub trait Link: Send + fmt::Debug {
 
     /// Whether it has come with an update, set up as the device left it.
     fn is_adopted(&self) -> bool;
+
+    /// The interface's name by now, if it has one.
+    ///
+    /// # Errors
+    /// There was one, and it is gone.
+    fn interface(&self) -> Result<Option<String>, BoxError> {
+        Ok(None)
+    }
 
     /// What packets may be like that are read. Counts for all queues of a network.
     ///

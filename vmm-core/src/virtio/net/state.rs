@@ -7,7 +7,7 @@ use serde::{Deserialize, Serialize};
 
 use super::{HEADER_LEN, MAX_PACKET_LEN, MacAddress, Net, features};
 use crate::state::{Blob, StateError};
-use crate::virtio::{Persistent, SectionVersions};
+use crate::virtio::{Backing, Persistent, SectionVersions};
 
 /// The wire type of the device's section, without queues, features and status, which are the transport's.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -77,6 +77,10 @@ impl Persistent for Net {
         };
         main.put_section(instance, &state)?;
         Ok(())
+    }
+
+    fn backing(&self) -> Result<Option<Backing>, BoxError> {
+        Ok(self.pairs[0].link.interface()?.map(Backing::Interface))
     }
 
     fn load(&mut self, main: &mut Frame, instance: u32) -> Result<(), BoxError> {

@@ -4,6 +4,7 @@ use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
 
+use cpr_core::error::BoxError;
 use oslib::tap::{self, Interface, Offloads, TapError};
 
 use super::{HEADER_LEN, Link};
@@ -60,6 +61,15 @@ pub enum NetError {
         /// What the command line says.
         expected: String,
     },
+    /// It is gone.
+    #[error("tap interface '{name}' cannot be used any more")]
+    Lost {
+        /// What it was called.
+        name: String,
+        /// Why.
+        #[source]
+        source: TapError,
+    },
     /// Somebody changed it since the update's source had it.
     #[error("tap interface '{name}' {what}, so somebody else has changed it")]
     Changed {
@@ -113,14 +123,24 @@ impl Tap {
     /// [`NetError`], also for an interface that has vanished or was changed.
     pub fn adopt(fds: Vec<Arc<OwnedFd>>, name: Option<&str>) -> Result<Vec<Self>, NetError> {
         let taps = Self::of(fds, true)?;
-        let found = &taps[0].interface.name;
-        if let Some(expected) = name.filter(|name| !name.contains('%') && name != found) {
-            return Err(NetError::OtherInterface { found: found.clone(), expected: expected.to_owned() });
-        }
+        Self::check_name(name, &taps[0].interface.name)?;
         for (position, tap) in taps.iter().enumerate() {
             tap.check_unchanged(position)?;
         }
         Ok(taps)
+    }
+
+    /// Whether a command line that names the interface `expected`, if any, is for one that is called `found`.
+    ///
+    /// # Errors
+    /// [`NetError::OtherInterface`].
+    pub fn check_name(expected: Option<&str>, found: &str) -> Result<(), NetError> {
+        match expected.filter(|name| !name.contains('%') && *name != found) {
+            Some(expected) => {
+                Err(NetError::OtherInterface { found: found.to_owned(), expected: expected.to_owned() })
+            }
+            None => Ok(()),
+        }
     }
 
     /// Looks at descriptors, and at what they have in common.
@@ -193,6 +213,13 @@ impl Link for Tap {
 
     fn is_adopted(&self) -> bool {
         self.adopted
+    }
+
+    fn interface(&self) -> Result<Option<String>, BoxError> {
+        match tap::interface(&self.fd) {
+            Ok(interface) => Ok(Some(interface.name)),
+            Err(source) => Err(NetError::Lost { name: self.interface.name.clone(), source }.into()),
+        }
     }
 
     fn set_offloads(&self, offloads: Offloads) -> io::Result<()> {

@@ -34,7 +34,7 @@ use vm_memory::GuestMemoryMmap;
 use self::notify::Doorbells;
 use self::signals::Signals;
 use self::transport::Transport;
-use super::{Drained, SectionVersions, VirtioDevice, Watch, WatchToken};
+use super::{Backing, Drained, SectionVersions, VirtioDevice, Watch, WatchToken};
 use crate::pci::{Endpoint, Function, FunctionState, Hypervisor, Identity, MsixLayout, WINDOW};
 
 pub use self::state::{QueueState, VirtioState, VirtioStateError, WindowState};
@@ -232,6 +232,14 @@ impl VirtioPci {
         let own = self.lock().persistent()?.sections();
         let transport = [state::versions::<FunctionState>(), state::versions::<VirtioState>()];
         Some(transport.into_iter().chain(own).collect())
+    }
+
+    /// What is behind the device on the host, if its next process has to find the same.
+    ///
+    /// # Errors
+    /// What has become of it.
+    pub fn backing(&self) -> Result<Option<Backing>, BoxError> {
+        self.lock().persistent().map_or(Ok(None), |device| device.backing())
     }
 
     /// Writes the state as sections of this instance. The guest is stopped, and the device at rest.

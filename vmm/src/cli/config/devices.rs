@@ -52,7 +52,8 @@ impl DeviceConfig {
     pub fn describe(&self) -> String {
         match &self.id {
             Some(id) => format!("{} '{id}'", self.model()),
-            None => format!("{} at slot {}", self.model(), self.slot),
+            // Hexadecimal, as in addr=.
+            None => format!("{} at slot {:x}", self.model(), self.slot),
         }
     }
 
@@ -263,6 +264,14 @@ impl NetdevConfig {
         match &self.tap {
             TapConfig::Named { queues, .. } => *queues,
             TapConfig::Inherited { fds } => u16::try_from(fds.len()).unwrap_or(u16::MAX),
+        }
+    }
+
+    /// The name of the interface, if the command line has it.
+    pub fn interface(&self) -> Option<&str> {
+        match &self.tap {
+            TapConfig::Named { name, .. } => Some(name),
+            TapConfig::Inherited { .. } => None,
         }
     }
 
