@@ -22,6 +22,7 @@ use super::engine::Engine;
 use super::request::{Action, Disk, Request, Status};
 use super::state::BlockState;
 use crate::block::{Cache, Image};
+use crate::guest_log::warn_of_guest;
 use crate::virtio::{
     Broken, Class, Direction, Drained, Driver, Persistent, SectionVersions, VirtioDevice, Watch, WatchToken,
 };
@@ -362,7 +363,7 @@ impl Block {
             }
             _ => {
                 let image = self.image.path().display();
-                tracing::warn!(drive = self.image.config().id, %image, %error, "a request of the guest failed");
+                warn_of_guest!(drive = self.image.config().id, %image, %error, "a request of the guest failed");
                 Next::Over(Status::Failed)
             }
         }
