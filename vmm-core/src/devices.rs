@@ -8,6 +8,7 @@ use cpr_core::error::BoxError;
 use cpr_core::frame::{Frame, FrameWriter};
 use cpr_core::section::SectionType;
 use oslib::eventfd::EventFd;
+use vm_memory::GuestMemoryMmap;
 
 use crate::error::MachineError;
 use crate::io_thread::IoThread;
@@ -16,6 +17,11 @@ use crate::pci::{Function, HostState, Hypervisor, PciBus, SLOTS};
 use crate::ports::{MmioBus, PortBus};
 use crate::virtio::pci::{self, Bell, VirtioPci};
 use crate::virtio::{Backing, Drained, SectionVersions, VirtioDevice};
+
+#[cfg(feature = "fuzzing")]
+mod board;
+#[cfg(feature = "fuzzing")]
+pub use board::Board;
 
 /// Instance of the section of the bus itself; devices have their slots, of which 0 is the host bridge's.
 const BUS: u32 = 0;
@@ -80,23 +86,41 @@ impl Devices {
         ports: &PortBus,
         mmio: &MmioBus,
     ) -> Result<Self, MachineError> {
+        let (mut devices, bell) = Self::unserved(config, ram.memory(), hypervisor, ports, mmio)?;
+        let served = devices.served();
+        if !served.is_empty() {
+            devices.io = Some(IoThread::spawn(served, bell)?);
+        }
+        Ok(devices)
+    }
+
+    /// As [`new`](Self::new), but without the thread; with the bell that it would listen to.
+    fn unserved(
+        config: PciConfig,
+        memory: &GuestMemoryMmap,
+        hypervisor: &Arc<dyn Hypervisor>,
+        ports: &PortBus,
+        mmio: &MmioBus,
+    ) -> Result<(Self, Bell), MachineError> {
         let bell = EventFd::new().map_err(|source| MachineError::Host { what: "an eventfd", source })?;
         let bell = Bell(Arc::new(bell));
         let mut slots = BTreeMap::new();
         for PciDevice { slot, name, withheld, device } in config.devices {
             check_slot(slot, &name, &slots)?;
             let address = pci::first_address(slot);
-            let virtio =
-                VirtioPci::new(device, withheld, address, ram.memory().clone(), hypervisor, bell.clone())
-                    .map_err(|source| MachineError::Device { device: name.clone(), source: source.into() })?;
+            let virtio = VirtioPci::new(device, withheld, address, memory.clone(), hypervisor, bell.clone())
+                .map_err(|source| MachineError::Device { device: name.clone(), source: source.into() })?;
             slots.insert(slot, Slot { name, virtio: Arc::new(virtio) });
         }
         let functions = slots.iter().map(|(&at, slot)| (at, slot.virtio.clone() as Arc<dyn Function>));
         let bus = Arc::new(PciBus::new(functions));
         bus.attach(ports, mmio)?;
-        let served: Vec<_> = slots.values().map(|slot| slot.virtio.clone()).collect();
-        let io = if served.is_empty() { None } else { Some(IoThread::spawn(served, bell)?) };
-        Ok(Self { io, bus, slots })
+        Ok((Self { io: None, bus, slots }, bell))
+    }
+
+    /// Those that the thread serves.
+    fn served(&self) -> Vec<Arc<VirtioPci>> {
+        self.slots.values().map(|slot| slot.virtio.clone()).collect()
     }
 
     /// Does what a state would have done that is yet to come, as far as it can be known.

@@ -22,6 +22,8 @@ use crate::virtio::{Direction, WatchToken};
 
 /// Events that are taken at once.
 const BATCH: usize = 64;
+/// The time limit of a wait that has none.
+const FOREVER: i32 = -1;
 /// Stack of the thread, in bytes.
 const STACK_LEN: usize = 512 * 1024;
 /// How long to wait for the system to have an epoll instance again.
@@ -212,39 +214,9 @@ impl Shared {
                 return;
             }
         };
-        for (index, device) in self.devices.iter().enumerate() {
-            // Whoever changes something from here on rings again.
-            device.take_changed();
-            device.go_on();
-            poller.look_at(index, device);
-        }
+        poller.start(&self.devices);
         while self.is_to_serve() {
-            for source in poller.wait() {
-                if !self.is_to_serve() {
-                    return;
-                }
-                match source {
-                    Source::Bell => self.answer_bell(&mut poller),
-                    Source::Doorbell { index, queue } => {
-                        self.devices[index].rung(queue);
-                        poller.look_at(index, &self.devices[index]);
-                    }
-                    Source::Watched { index, read, write } => {
-                        let device = &self.devices[index];
-                        read.into_iter().chain(write).for_each(|token| device.fd_ready(token));
-                        poller.look_at(index, device);
-                    }
-                }
-            }
-        }
-    }
-
-    fn answer_bell(&self, poller: &mut Poller) {
-        if let Err(error) = self.bell.0.drain() {
-            tracing::error!(%error, "cannot silence the I/O thread's bell");
-        }
-        for (index, device) in self.devices.iter().enumerate().filter(|(_, device)| device.take_changed()) {
-            poller.look_at(index, device);
+            poller.turn(&self.devices, &self.bell, FOREVER, || self.is_to_serve());
         }
     }
 }
@@ -295,8 +267,8 @@ impl Source {
     }
 }
 
-/// Waits for all of them.
-struct Poller {
+/// Waits for all of them, and has the devices answer.
+pub(crate) struct Poller {
     epoll: Epoll,
     sources: BTreeMap<RawFd, Source>,
     events: [EpollEvent; BATCH],
@@ -304,7 +276,7 @@ struct Poller {
 
 impl Poller {
     /// Waits for `bell` and for the doorbells of these devices.
-    fn new(devices: &[Arc<VirtioPci>], bell: &Bell) -> std::io::Result<Self> {
+    pub(crate) fn new(devices: &[Arc<VirtioPci>], bell: &Bell) -> std::io::Result<Self> {
         let mut poller =
             Self { epoll: Epoll::new()?, sources: BTreeMap::new(), events: [EpollEvent::default(); BATCH] };
         poller.add(bell.0.as_raw_fd(), Source::Bell)?;
@@ -314,6 +286,52 @@ impl Poller {
             }
         }
         Ok(poller)
+    }
+
+    /// The guest goes on: the devices, which are those that this was made for, are told so.
+    pub(crate) fn start(&mut self, devices: &[Arc<VirtioPci>]) {
+        for (index, device) in devices.iter().enumerate() {
+            // Whoever changes something from here on rings again.
+            device.take_changed();
+            device.go_on();
+            self.look_at(index, device);
+        }
+    }
+
+    /// Waits for at most `timeout_ms` until something is ready, and has it answered, for as long as `is_to_serve`.
+    pub(crate) fn turn(
+        &mut self,
+        devices: &[Arc<VirtioPci>],
+        bell: &Bell,
+        timeout_ms: i32,
+        is_to_serve: impl Fn() -> bool,
+    ) {
+        for source in self.wait(timeout_ms) {
+            if !is_to_serve() {
+                return;
+            }
+            match source {
+                Source::Bell => self.answer_bell(devices, bell),
+                Source::Doorbell { index, queue } => {
+                    devices[index].rung(queue);
+                    self.look_at(index, &devices[index]);
+                }
+                Source::Watched { index, read, write } => {
+                    let device = &devices[index];
+                    read.into_iter().chain(write).for_each(|token| device.fd_ready(token));
+                    self.look_at(index, device);
+                }
+            }
+        }
+    }
+
+    fn answer_bell(&mut self, devices: &[Arc<VirtioPci>], bell: &Bell) {
+        if let Err(error) = bell.0.drain() {
+            tracing::error!(%error, "cannot silence the I/O thread's bell");
+        }
+        for (index, device) in devices.iter().enumerate().filter(|(_, device)| device.take_changed()) {
+            self.look_at(index, device);
+        }
     }
 
     fn add(&mut self, fd: RawFd, source: Source) -> std::io::Result<()> {
@@ -355,9 +373,8 @@ impl Poller {
         });
     }
 
-    /// Waits until something is ready.
-    fn wait(&mut self) -> Vec<Source> {
-        let count = match self.epoll.wait(-1, &mut self.events) {
+    fn wait(&mut self, timeout_ms: i32) -> Vec<Source> {
+        let count = match self.epoll.wait(timeout_ms, &mut self.events) {
             Ok(count) => count,
             Err(error) if error.kind() == std::io::ErrorKind::Interrupted => 0,
             Err(error) => {

@@ -28,6 +28,7 @@ pub mod block;
 pub mod boot;
 pub mod devices;
 pub mod error;
+mod guest_log;
 mod io_thread;
 pub mod kvm;
 pub mod machine;

@@ -14,6 +14,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use anyhow::{Context, bail};
 use cpr_core::{FdKind, FdPolicy, FdRegistry};
+use oslib::eventfd::EventFd;
 use oslib::term::Termios;
 use serde::{Deserialize, Serialize};
 use vmm_core::output::OutputSink;
@@ -125,18 +126,41 @@ impl OutputState {
     }
 }
 
-/// The output of a chardev; clones share it, so that a vCPU thread can write serial output itself.
+/// The output of a chardev; clones share it, so that a vCPU thread can write serial output itself. The default has nobody
+/// who listens.
 #[derive(Debug, Clone, Default)]
-pub struct Output(Arc<Mutex<OutputState>>);
+pub struct Output(Arc<SharedOutput>);
+
+#[derive(Debug, Default)]
+struct SharedOutput {
+    state: Mutex<OutputState>,
+    /// Rung when output is left over: a loop that waits while another thread writes does not know that it is to watch for
+    /// room.
+    left_over: Option<Arc<EventFd>>,
+}
 
 impl Output {
+    /// One of a chardev that a loop watches.
+    fn watched() -> io::Result<Output> {
+        let left_over = Some(Arc::new(EventFd::new()?));
+        Ok(Output(Arc::new(SharedOutput { left_over, ..SharedOutput::default() })))
+    }
+
     fn lock(&self) -> std::sync::MutexGuard<'_, OutputState> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+        self.0.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Sends `bytes`, now or as soon as the peer takes them.
     pub fn write(&self, bytes: &[u8]) {
-        self.lock().write(bytes);
+        let mut state = self.lock();
+        let is_known = !state.pending.is_empty();
+        state.write(bytes);
+        if !is_known
+            && !state.pending.is_empty()
+            && let Some(Err(error)) = self.0.left_over.as_deref().map(EventFd::signal)
+        {
+            tracing::error!(%error, "output may have to wait: the main loop cannot be told of it");
+        }
     }
 
     fn flush(&self) {
@@ -258,7 +282,7 @@ impl Chardev {
     ) -> anyhow::Result<Chardev> {
         let id = config.id.clone();
         let identity = identity(config).with_context(|| format!("chardev '{id}'"))?;
-        let output = Output::default();
+        let output = Output::watched().with_context(|| format!("chardev '{id}'"))?;
         let kind = match &config.backend {
             ChardevBackend::Null => Kind::Null,
             ChardevBackend::File { path } => {
@@ -289,10 +313,10 @@ impl Chardev {
     /// Stands for a chardev that is opened when the guest arrives, because its descriptors may come with it.
     ///
     /// # Errors
-    /// As [`identity`].
+    /// As [`identity`], and those of eventfd(2).
     pub fn awaited(config: &ChardevConfig) -> io::Result<Chardev> {
         let identity = identity(config)?;
-        Ok(Chardev { id: config.id.clone(), identity, kind: Kind::Null, output: Output::default() })
+        Ok(Chardev { id: config.id.clone(), identity, kind: Kind::Null, output: Output::watched()? })
     }
 
     /// Lets go of everything: another program has it now. Its path stays, as that of the other program.
@@ -380,6 +404,8 @@ impl Chardev {
             }
             Kind::File => {}
         }
+        let left_over = &self.output.0.left_over;
+        interests.extend(left_over.iter().map(|bell| Interest::read(bell, Token::LeftOver(at))));
         let output = self.output.lock();
         if !output.pending.is_empty() && !output.held {
             match &output.sink {
@@ -394,6 +420,14 @@ impl Chardev {
     /// Sends what is pending.
     pub fn flush(&self) {
         self.output.flush();
+    }
+
+    /// The loop knows that output was left over; [`interests`](Self::interests) has what follows.
+    ///
+    /// # Errors
+    /// Those of read(2).
+    pub fn note_left_over(&self) -> io::Result<()> {
+        self.output.0.left_over.as_deref().map_or(Ok(()), |bell| bell.drain().map(drop))
     }
 
     /// Whether output waits for the peer.
@@ -664,3 +698,6 @@ pub fn check_users(config: &ChardevConfig, users: usize) -> anyhow::Result<()> {
     }
     Ok(())
 }
+
+#[cfg(test)]
+mod tests;

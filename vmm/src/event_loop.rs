@@ -26,6 +26,8 @@ pub enum Token {
     Peer(usize),
     /// The output side of a chardev whose two sides are different descriptors.
     Output(usize),
+    /// A chardev's peer did not take all of what a thread of the guest has written.
+    LeftOver(usize),
     /// A console of the guest has room for input again.
     Room,
     /// A keeper ended.

@@ -98,6 +98,27 @@ fn on_a_socket_that_is_waited_for() -> anyhow::Result<()> {
 }
 
 #[test]
+fn output_that_a_full_socket_did_not_take_comes_once_its_client_reads() -> anyhow::Result<()> {
+    need_kvm!();
+    let vmm = VmmBuilder::new().args(&["-serial", "unix:serial,server=on,wait=off"]).start()?;
+    let mut socket = UnixStream::connect(vmm.path("serial"))?;
+    socket.set_read_timeout(Some(PATIENCE))?;
+    let guest = vmm.guest()?;
+    // Each byte is a packet of its own, of which a socket has room for some hundred.
+    let printed: Vec<_> = (0..300).map(|number| print(&guest, number)).collect::<anyhow::Result<_>>()?;
+    let printed = printed.concat();
+    let mut seen = String::new();
+    let mut bytes = [0; 4096];
+    // Nobody else does anything: no monitor has a command, and the guest does not print.
+    while !seen.ends_with(&printed) {
+        let count = socket.read(&mut bytes)?;
+        assert!(count > 0, "the line was closed after {seen:?}");
+        seen.push_str(std::str::from_utf8(&bytes[..count])?);
+    }
+    vmm.quit()
+}
+
+#[test]
 fn on_nothing() -> anyhow::Result<()> {
     need_kvm!();
     for serial in ["null", "none", "unix:serial,server=on,wait=off"] {

@@ -18,7 +18,7 @@ use crate::{EPOCH, decoded, frame_of};
 
 const SECTION: &str = "virtio-blk";
 const QUEUE_SIZE: u16 = 16;
-const QUEUES: u16 = 2;
+pub(crate) const QUEUES: u16 = 2;
 /// Guest memory in bytes. What the input does not reach is zero.
 const MEMORY: usize = 64 << 10;
 const SECTORS: u64 = 16;
@@ -37,7 +37,7 @@ impl Interrupt for Deaf {
 }
 
 /// An image that nobody else has, of memory.
-fn image(read_only: bool) -> Image {
+pub(crate) fn image(read_only: bool) -> Image {
     let fd = Memfd::new("disk").len(SECTORS * 512).create().expect("a memfd");
     let fd = if read_only { reopened(fd.into()).expect("a memfd, read-only") } else { File::from(fd) };
     let config = ImageConfig { read_only, unmap: true, ..ImageConfig::new("disk0", "/nowhere/disk") };
@@ -119,15 +119,20 @@ fn persistent(disk: &mut Block) -> &mut dyn vmm_core::virtio::Persistent {
     disk.persistent().expect("a disk can be saved")
 }
 
+/// A disk with this image, which another one may have, too.
+pub(crate) fn disk_of(image: Arc<File>) -> Block {
+    let image = Image::adopt(ImageConfig::new("disk0", "/nowhere/disk"), image).expect("an image");
+    let config =
+        BlockConfig { queues: QUEUES, queue_size: QUEUE_SIZE, aio: Aio::Threads, ..BlockConfig::new(image) };
+    Block::new(config).expect("a disk that can be")
+}
+
 /// A saved disk. True if this one is the same.
 pub fn block_state(data: &[u8]) -> bool {
     static IMAGE: OnceLock<Arc<File>> = OnceLock::new();
     decoded::<BlockState>(SECTION, data);
     let fd = IMAGE.get_or_init(|| image(false).fd().clone()).clone();
-    let image = Image::adopt(ImageConfig::new("disk0", "/nowhere/disk"), fd).expect("an image");
-    let config =
-        BlockConfig { queues: QUEUES, queue_size: QUEUE_SIZE, aio: Aio::Threads, ..BlockConfig::new(image) };
-    let mut disk = Block::new(config).expect("a disk that can be");
+    let mut disk = disk_of(fd);
     let mut frame = frame_of(&[(SECTION, 1, data)]);
     persistent(&mut disk).load(&mut frame, 0).map_err(|error| error.to_string()).is_ok()
 }

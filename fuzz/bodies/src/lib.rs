@@ -8,12 +8,14 @@
 
 mod backend;
 mod block;
+mod board;
 mod command_line;
 mod early;
 mod frame;
 mod main_frame;
 mod monitors;
 mod net;
+mod pci;
 mod preflight;
 mod rings;
 mod state_file;
@@ -23,9 +25,12 @@ pub use block::{block, block_state};
 pub use command_line::command_line;
 pub use early::{activity, monitors, process, refusal, registry, update};
 pub use frame::{state_frame, state_frame_written};
-pub use main_frame::{machine, outside, platform, serial, serial_input, time, vcpu, vm};
+pub use main_frame::{
+    console_line, devices, machine, outside, platform, serial, serial_input, time, vcpu, vm,
+};
 pub use monitors::{hmp, qmp};
 pub use net::{net, net_state};
+pub use pci::{console_state, pci, pci_function, pci_host, virtio_transport};
 pub use preflight::{main_channel, manifest, verdict};
 pub use rings::{virtio_console, virtio_rng};
 pub use state_file::state_file;
@@ -64,6 +69,21 @@ pub const TARGETS: &[Target] = &[
         max_len: 1024,
         words: command_line::WORDS,
     },
+    Target {
+        name: "console_line",
+        run: console_line,
+        seeds: main_frame::console_line_seeds,
+        max_len: 256,
+        words: &[],
+    },
+    Target {
+        name: "console_state",
+        run: console_state,
+        seeds: pci::console_state_seeds,
+        max_len: 512,
+        words: &[],
+    },
+    Target { name: "devices", run: devices, seeds: main_frame::devices_seeds, max_len: 256, words: &[] },
     Target { name: "hmp", run: hmp, seeds: monitors::hmp_seeds, max_len: 1024, words: monitors::HMP_WORDS },
     Target { name: "machine", run: machine, seeds: main_frame::machine_seeds, max_len: 256, words: &[] },
     Target {
@@ -78,6 +98,15 @@ pub const TARGETS: &[Target] = &[
     Target { name: "net", run: net, seeds: net::net_seeds, max_len: 2048, words: &[] },
     Target { name: "net_state", run: net_state, seeds: net::net_state_seeds, max_len: 512, words: &[] },
     Target { name: "outside", run: outside, seeds: main_frame::outside_seeds, max_len: 256, words: &[] },
+    Target { name: "pci", run: pci, seeds: pci::pci_seeds, max_len: 2048, words: &[] },
+    Target {
+        name: "pci_function",
+        run: pci_function,
+        seeds: pci::pci_function_seeds,
+        max_len: 512,
+        words: &[],
+    },
+    Target { name: "pci_host", run: pci_host, seeds: pci::pci_host_seeds, max_len: 16, words: &[] },
     Target { name: "platform", run: platform, seeds: main_frame::platform_seeds, max_len: 16, words: &[] },
     Target { name: "process", run: process, seeds: early::process_seeds, max_len: 256, words: &[] },
     Target { name: "qmp", run: qmp, seeds: monitors::qmp_seeds, max_len: 1024, words: monitors::QMP_WORDS },
@@ -138,6 +167,13 @@ pub const TARGETS: &[Target] = &[
         words: &[],
     },
     Target { name: "virtio_rng", run: virtio_rng, seeds: rings::virtio_rng_seeds, max_len: 8192, words: &[] },
+    Target {
+        name: "virtio_transport",
+        run: virtio_transport,
+        seeds: pci::virtio_transport_seeds,
+        max_len: 512,
+        words: &[],
+    },
     Target { name: "vm", run: vm, seeds: main_frame::vm_seeds, max_len: 4096, words: &[] },
 ];
 
@@ -152,6 +188,8 @@ pub const SECTIONS: &[(&str, &str)] = &[
     ("cpr-exec/main-channel", "main_channel"),
     ("cpr-exec/process", "process"),
     ("cpr-reboot/file", "state_file"),
+    ("cpr-vmm/console-line", "console_line"),
+    ("cpr-vmm/devices", "devices"),
     ("cpr-vmm/machine", "machine"),
     ("cpr-vmm/monitors", "monitors"),
     ("cpr-vmm/outside", "outside"),
@@ -159,12 +197,18 @@ pub const SECTIONS: &[(&str, &str)] = &[
     ("kvm/time", "time"),
     ("kvm/vcpu", "vcpu"),
     ("kvm/vm", "vm"),
+    ("pci/function", "pci_function"),
+    ("pci/host", "pci_host"),
     ("platform", "platform"),
     ("serial", "serial"),
+    ("virtio-blk", "block_state"),
+    ("virtio-console", "console_state"),
+    ("virtio-net", "net_state"),
+    ("virtio/transport", "virtio_transport"),
 ];
 
-/// Sections without a target: zeros that nobody reads, and one number of four bytes.
-pub const NO_TARGET: &[&str] = &["cpr-core/room", "cpr-exec/answer"];
+/// Sections without a target: zeros that nobody reads, one number of four bytes, and nothing at all.
+pub const NO_TARGET: &[&str] = &["cpr-core/room", "cpr-exec/answer", "virtio-rng"];
 
 /// Every section that this program takes over under any of its modes.
 pub fn sections_taken_over() -> Vec<String> {

@@ -27,6 +27,8 @@ pub(crate) const SERIAL: &str = "serial";
 pub(crate) const PLATFORM: &str = "platform";
 pub(crate) const OUTSIDE: &str = "cpr-vmm/outside";
 pub(crate) const SERIAL_INPUT: &str = "cpr-vmm/serial-input";
+const CONSOLE_LINE: &str = "cpr-vmm/console-line";
+const DEVICES: &str = "cpr-vmm/devices";
 pub(crate) const TIME: &str = "kvm/time";
 
 /// The machine that the frames of this module are for.
@@ -35,9 +37,23 @@ fn config() -> &'static Config {
     CONFIG.get_or_init(|| crate::command_line::config(&["-M", "microvm-0.1", "-m", "64M", "-smp", "1"]))
 }
 
+/// A machine with devices.
+fn config_with_devices() -> &'static Config {
+    static CONFIG: OnceLock<Config> = OnceLock::new();
+    CONFIG.get_or_init(|| {
+        let args = "-M microvm-0.2 -m 64M -smp 1 -device virtio-rng-pci,addr=3 -chardev null,id=c \
+                    -device virtio-serial-pci,addr=4,max_ports=2 -device virtconsole,chardev=c,name=x";
+        crate::command_line::config(&args.split(' ').collect::<Vec<_>>())
+    })
+}
+
 /// Takes the machine out of a frame, as a target does before it gives it to KVM.
 pub(crate) fn read(frame: &mut Frame) -> bool {
-    match read_machine(frame, config()) {
+    read_for(frame, config())
+}
+
+fn read_for(frame: &mut Frame, config: &Config) -> bool {
+    match read_machine(frame, config) {
         Ok(Arrived { state, .. }) => {
             assert_eq!(state.vcpus.len(), 1);
             state.check().map_err(|error| error.to_string()).is_ok()
@@ -93,11 +109,13 @@ pub fn machine(data: &[u8]) -> bool {
     previous || current
 }
 
+fn machine_body(machine_type: &str, ended: Option<u32>) -> Vec<u8> {
+    to_body(&(machine_type, 64_u64 << 20, 1_u32, "running", ended))
+}
+
 pub(crate) fn machine_seeds() -> Vec<Vec<u8>> {
     // How the guest ended, if it did: None, then a power-off.
-    let no_devices = Vec::<(u8, &str, u16)>::new();
-    let of =
-        |ended: Option<u32>| to_body(&("microvm-0.1", 64_u64 << 20, 1_u32, &no_devices, "running", ended));
+    let of = |ended| machine_body("microvm-0.1", ended);
     let of_version_1 = to_body(&("microvm", 64_u64 << 20, 1_u32, "running", None::<u32>));
     vec![of(None), of(Some(0)), of_version_1]
 }
@@ -119,6 +137,38 @@ pub fn serial_input(data: &[u8]) -> bool {
 
 pub(crate) fn serial_input_seeds() -> Vec<Vec<u8>> {
     vec![to_body(&b"typed ahead".to_vec()), to_body(&Vec::<u8>::new())]
+}
+
+/// The section `cpr-vmm/console-line`, beside those of a good main frame.
+pub fn console_line(data: &[u8]) -> bool {
+    let good = good().iter().map(|(name, version, body)| (*name, *version, &body[..]));
+    read(&mut frame_of(&good.chain([(CONSOLE_LINE, 1, data)]).collect::<Vec<_>>()))
+}
+
+pub(crate) fn console_line_seeds() -> Vec<Vec<u8>> {
+    let nothing = Vec::<u8>::new();
+    vec![
+        to_body(&("null:c", b"unsent".to_vec(), b"typed ahead".to_vec())),
+        to_body(&("unix:/run/c", &nothing, &nothing)),
+    ]
+}
+
+/// The section `cpr-vmm/devices`, in a good main frame of a machine that has some.
+pub fn devices(data: &[u8]) -> bool {
+    let machine = machine_body("microvm-0.2", None);
+    let good = good().iter().map(|(name, version, body)| match *name {
+        MACHINE => (MACHINE, 2, &machine[..]),
+        _ => (*name, *version, &body[..]),
+    });
+    let sections: Vec<_> = good.chain([(DEVICES, 1, data)]).collect();
+    read_for(&mut frame_of(&sections), config_with_devices())
+}
+
+pub(crate) fn devices_seeds() -> Vec<Vec<u8>> {
+    let none = Vec::<(&str, &str)>::new();
+    let console = vec![("max_ports", "2"), ("ports", "0:x")];
+    let [rng, serial] = [(3_u8, "virtio-rng-pci", &none), (4, "virtio-serial-pci", &console)];
+    vec![to_body(&[rng, serial].to_vec())]
 }
 
 /// The section `kvm/vcpu`. What passes the check has the lengths of the kernel's structures.

@@ -20,7 +20,7 @@ use crate::{EPOCH, decoded};
 const SECTION: &str = "virtio-net";
 /// Bytes of guest memory. Addresses of rings reach beyond it.
 const MEMORY: usize = 128 << 10;
-const PAIRS: usize = 2;
+pub(crate) const PAIRS: usize = 2;
 const QUEUES: usize = 2 * PAIRS + 1;
 /// `VIRTIO_F_VERSION_1`.
 const VERSION_1: u32 = 32;
@@ -30,11 +30,11 @@ const FEATURES: [&[u32]; 7] = [&[15], &[17], &[22], &[1, 7, 9], &[23], &[18, 20]
 /// The bit of that byte for the event index.
 const EVENT_INDEX: u8 = 0x80;
 
-const SETTINGS: Settings = Settings { mac: [2, 0, 0, 0, 0, 1], mtu: Some(1500) };
+pub(crate) const SETTINGS: Settings = Settings { mac: [2, 0, 0, 0, 0, 1], mtu: Some(1500) };
 
 /// A socket in place of a tap.
 #[derive(Debug, Clone)]
-struct Wire(Arc<UnixDatagram>);
+pub(crate) struct Wire(Arc<UnixDatagram>);
 
 impl Link for Wire {
     fn fd(&self) -> BorrowedFd<'_> {
@@ -69,18 +69,22 @@ impl Interrupt for Nobody {
 }
 
 /// Bytes, then zeros.
-struct Bites<'a>(&'a [u8]);
+pub(crate) struct Bites<'a>(pub(crate) &'a [u8]);
 
 impl<'a> Bites<'a> {
-    fn byte(&mut self) -> u8 {
+    pub(crate) fn byte(&mut self) -> u8 {
         self.take(1).first().copied().unwrap_or(0)
     }
 
-    fn word(&mut self) -> u16 {
+    pub(crate) fn word(&mut self) -> u16 {
         u16::from(self.byte()) | u16::from(self.byte()) << 8
     }
 
-    fn take(&mut self, count: usize) -> &'a [u8] {
+    pub(crate) fn bytes<const COUNT: usize>(&mut self) -> [u8; COUNT] {
+        std::array::from_fn(|_| self.byte())
+    }
+
+    pub(crate) fn take(&mut self, count: usize) -> &'a [u8] {
         let (taken, rest) = self.0.split_at(count.min(self.0.len()));
         self.0 = rest;
         taken
@@ -96,6 +100,19 @@ fn queue(input: &mut Bites<'_>, event_index: bool) -> Queue {
     queue.set_event_idx(event_index);
     queue.set_ready(true);
     queue
+}
+
+/// A wire for each pair of queues, and their other ends.
+pub(crate) fn wires() -> io::Result<(Vec<Wire>, Vec<UnixDatagram>)> {
+    let (mut wires, mut others) = (Vec::new(), Vec::new());
+    for _ in 0..PAIRS {
+        let (ours, theirs) = UnixDatagram::pair()?;
+        ours.set_nonblocking(true)?;
+        theirs.set_nonblocking(true)?;
+        wires.push(Wire(Arc::new(ours)));
+        others.push(theirs);
+    }
+    Ok((wires, others))
 }
 
 /// A device, its driver and the other ends of its wires.
@@ -117,14 +134,7 @@ impl Scene {
             features: features.fold(0, |bits, bit| bits | 1 << bit),
             interrupt: Box::new(Nobody),
         };
-        let (mut wires, mut others) = (Vec::new(), Vec::new());
-        for _ in 0..PAIRS {
-            let (ours, theirs) = UnixDatagram::pair()?;
-            ours.set_nonblocking(true)?;
-            theirs.set_nonblocking(true)?;
-            wires.push(Wire(Arc::new(ours)));
-            others.push(theirs);
-        }
+        let (wires, others) = wires()?;
         Ok(Self { device: Net::new(SETTINGS, wires.clone()), driver, wires, others })
     }
 

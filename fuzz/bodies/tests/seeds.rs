@@ -6,6 +6,9 @@ use fuzz_bodies::{NO_TARGET, SECTIONS, TARGETS, Target, sections_taken_over};
 
 /// Mutations of each target. All of them together take a second or two.
 const MUTATIONS: u32 = 3000;
+/// Targets that make a bus with devices for each input, and mutations of these.
+const SLOW: &[&str] = &["console_state", "pci", "pci_function", "pci_host", "virtio_transport"];
+const SLOW_MUTATIONS: u32 = 300;
 
 /// Prints the input under way if its run panics, so that it can become a test of the code that it broke.
 struct Culprit<'a> {
@@ -85,7 +88,7 @@ fn survives_mutations(name: &str) {
     let target = TARGETS.iter().find(|target| target.name == name).expect("a target of that name");
     let seeds = (target.seeds)();
     let mut random = Random(1);
-    for _ in 0..MUTATIONS {
+    for _ in 0..if SLOW.contains(&name) { SLOW_MUTATIONS } else { MUTATIONS } {
         let mut input = random.pick(&seeds).expect("each target has seeds").clone();
         for _ in 0..=random.below(4) {
             mutate(&mut input, target, &seeds, &mut random);
@@ -127,6 +130,9 @@ targets!(
     block,
     block_state,
     command_line,
+    console_line,
+    console_state,
+    devices,
     hmp,
     machine,
     main_channel,
@@ -135,6 +141,9 @@ targets!(
     net,
     net_state,
     outside,
+    pci,
+    pci_function,
+    pci_host,
     platform,
     process,
     qmp,
@@ -153,6 +162,7 @@ targets!(
     verdict,
     virtio_console,
     virtio_rng,
+    virtio_transport,
     vm
 );
 

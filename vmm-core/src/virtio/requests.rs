@@ -10,6 +10,9 @@ use vm_memory::GuestMemoryMmap;
 
 use super::{Broken, Direction, Watch, WatchToken};
 
+/// The longest chain, as in QEMU (`VIRTQUEUE_MAX_SIZE`): an indirect table could have far more descriptors than a queue.
+const MAX_DESCRIPTORS: usize = 1024;
+
 /// A request: a chain of descriptors in guest memory.
 pub(super) type Request<'m> = DescriptorChain<&'m GuestMemoryMmap>;
 
@@ -32,7 +35,12 @@ pub(super) fn next<'m>(
     }
 }
 
-fn take<'m>(
+/// Takes the next request of queue `index`, if there is one.
+///
+/// # Errors
+/// The ring cannot be read: to go on without the entry would be to come back to it for ever. Or the request is longer than
+/// any that makes sense.
+pub(super) fn take<'m>(
     memory: &'m GuestMemoryMmap,
     queue: &mut Queue,
     index: usize,
@@ -41,10 +49,14 @@ fn take<'m>(
     if queue.avail_idx(memory, Ordering::Acquire).map_err(broken)?.0 == queue.next_avail() {
         return Ok(None);
     }
-    match queue.iter(memory).map_err(broken)?.next() {
-        Some(request) => Ok(Some(request)),
-        None => Err(Broken::queue(index, "the available ring is not in RAM")),
+    // The iterator says the same of an empty ring and of one that cannot be read.
+    let request = queue.iter(memory).map_err(broken)?.next();
+    let request = request.ok_or_else(|| Broken::queue(index, "the available ring cannot be read"))?;
+    if request.clone().nth(MAX_DESCRIPTORS).is_some() {
+        let what = format_args!("more than {MAX_DESCRIPTORS} descriptors in a chain");
+        return Err(Broken::queue(index, what));
     }
+    Ok(Some(request))
 }
 
 /// A descriptor that is always ready. Who watches it gets another turn, after everybody else who is ready: for a device that

@@ -225,6 +225,8 @@ mod tests {
     use std::os::fd::OwnedFd;
     use std::os::unix::net::UnixStream;
 
+    use virtio_queue::QueueT;
+
     use super::*;
     use crate::virtio::test_driver::{Guest, RAM, saved_and_loaded};
 
@@ -278,6 +280,17 @@ mod tests {
         assert_eq!(guest.used(REQUESTS).iter().map(|used| used.bytes.len()).collect::<Vec<_>>(), [0; 4]);
         guest.claim(REQUESTS, 9);
         assert!(rng.queue_ready(&mut guest.driver, REQUESTS).is_err());
+    }
+
+    #[test]
+    fn chains_are_as_long_as_in_qemu_and_not_longer() {
+        let (mut rng, mut guest) = (rng(), guest());
+        guest.add_indirect(REQUESTS, 1024);
+        rng.queue_ready(&mut guest.driver, REQUESTS).unwrap();
+        assert_eq!(guest.driver.queues[REQUESTS].next_used(), 1);
+        guest.add_indirect(REQUESTS, 1025);
+        let error = rng.queue_ready(&mut guest.driver, REQUESTS).unwrap_err();
+        assert_eq!(error.to_string(), "queue 0: more than 1024 descriptors in a chain");
     }
 
     #[test]

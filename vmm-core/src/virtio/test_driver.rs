@@ -137,6 +137,19 @@ impl Guest {
         head
     }
 
+    /// Makes a chain of `count` descriptors available, all of one byte that the device may write, by an indirect table.
+    pub(crate) fn add_indirect(&mut self, queue: usize, count: u16) {
+        const INDIRECT: u16 = 4;
+        let table = self.room_for(u32::from(count) * 16);
+        for index in 0..count {
+            let flags = WRITE | if index + 1 < count { NEXT } else { 0 };
+            self.write(Descriptor::new(BUFFERS, 1, flags, index + 1), table + 16 * u64::from(index));
+        }
+        let head = self.add(queue, &[(table, u32::from(count) * 16, true)]);
+        let descriptor = Descriptor::new(table, u32::from(count) * 16, INDIRECT, 0);
+        self.write(descriptor, self.rings[queue].base + 16 * u64::from(head));
+    }
+
     /// Makes a buffer available that the device may write to.
     pub(crate) fn add_buffer(&mut self, queue: usize, len: u32) -> u16 {
         let at = self.room_for(len);

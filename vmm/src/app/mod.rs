@@ -319,6 +319,8 @@ impl App {
                     self.read_input(at);
                 }
             }
+            // The next round watches for room.
+            Token::LeftOver(at) => self.parts.chardevs[at].note_left_over()?,
             // What waits is given to them in each round anyway.
             Token::Room => self.full_consoles().try_for_each(|end| end.room().drain().map(drop))?,
             Token::Keeper => self.reap_keeper(),

@@ -1,7 +1,6 @@
 //! The device.
 
 use std::io;
-use std::sync::atomic::Ordering;
 
 use cpr_core::error::BoxError;
 use cpr_core::frame::{Frame, FrameWriter};
@@ -14,7 +13,7 @@ use virtio_bindings::virtio_blk::{
     VIRTIO_BLK_ID_BYTES,
 };
 use virtio_bindings::virtio_ids::VIRTIO_ID_BLOCK;
-use virtio_queue::{QueueOwnedT, QueueT};
+use virtio_queue::QueueT;
 use vm_memory::{Bytes, GuestAddress};
 
 use super::config::{ConfigSpace, WRITEBACK};
@@ -22,6 +21,8 @@ use super::engine::Engine;
 use super::request::{Action, Disk, Request, Status};
 use super::state::BlockState;
 use crate::block::{Cache, Image};
+use crate::guest_log::warn_of_guest;
+use crate::virtio::requests;
 use crate::virtio::{
     Backing, Broken, Class, Direction, Drained, Driver, Persistent, SectionVersions, VirtioDevice, Watch,
     WatchToken,
@@ -363,7 +364,7 @@ impl Block {
             }
             _ => {
                 let image = self.image.path().display();
-                tracing::warn!(drive = self.image.config().id, %image, %error, "a request of the guest failed");
+                warn_of_guest!(drive = self.image.config().id, %image, %error, "a request of the guest failed");
                 Next::Over(Status::Failed)
             }
         }
@@ -377,15 +378,9 @@ fn zeros(task: &Task, offset: u64, end: u64) -> Operation {
 
 /// Takes the next request out of a queue.
 fn take(driver: &mut Driver, queue: usize) -> Result<Option<Request>, Broken> {
-    let (memory, index, queue) = (&driver.memory, queue, &mut driver.queues[queue]);
-    let broken = |error| Broken::queue(index, error);
-    if queue.avail_idx(memory, Ordering::Acquire).map_err(broken)?.0 == queue.next_avail() {
-        return Ok(None);
-    }
-    // The iterator says the same of an empty ring and of one that cannot be read.
-    let chain = queue.iter(memory).map_err(broken)?.next();
-    let chain = chain.ok_or_else(|| Broken::queue(index, "the available ring cannot be read"))?;
-    Request::parse(memory, chain).map(Some).map_err(|error| Broken::queue(index, error))
+    let Driver { memory, queues, .. } = driver;
+    let Some(chain) = requests::take(memory, &mut queues[queue], queue)? else { return Ok(None) };
+    Request::parse(memory, chain).map(Some).map_err(|error| Broken::queue(queue, error))
 }
 
 /// It was interrupted, or ended with the thread that had submitted it. Nothing was told to the guest, so it is done again.

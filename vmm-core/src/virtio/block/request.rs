@@ -20,9 +20,6 @@ use crate::virtio::Broken;
 /// Bytes of `struct virtio_blk_outhdr`, and of `struct virtio_blk_discard_write_zeroes`.
 const HEADER_LEN: usize = 16;
 
-/// The longest chain, as in QEMU (`VIRTQUEUE_MAX_SIZE`): an indirect table could have far more descriptors than a queue.
-const MAX_DESCRIPTORS: usize = 1024;
-
 /// How a request ended, as its driver is told.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[repr(u8)]
@@ -94,10 +91,7 @@ impl Request {
         let (mut readable, mut writable) = (Vec::new(), Vec::new());
         // Of a chain with nothing in it, the first descriptor is the one that is missing.
         let mut goes_on = true;
-        for (number, descriptor) in chain.enumerate() {
-            if number == MAX_DESCRIPTORS {
-                return Err(Broken::new(format_args!("more than {MAX_DESCRIPTORS} descriptors in a chain")));
-            }
+        for descriptor in chain {
             goes_on = descriptor.has_next();
             let ranges = match (descriptor.is_write_only(), writable.is_empty()) {
                 (true, _) => &mut writable,

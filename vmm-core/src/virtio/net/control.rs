@@ -17,6 +17,7 @@ use vm_memory::GuestMemoryMmap;
 
 use super::ring::{ask_for_kick, ignore_kicks, next_chain};
 use super::{MacAddress, Net, features};
+use crate::guest_log::warn_of_guest;
 use crate::virtio::{Broken, Driver};
 
 /// The longest command that is read. Tables of thousands of addresses are shorter.
@@ -108,7 +109,7 @@ impl Net {
             return None;
         }
         let before = self.active_pairs;
-        self.activate_pairs(count).inspect_err(|error| tracing::warn!(%error, "queues of a network")).ok()?;
+        self.activate_pairs(count).inspect_err(|error| warn_of_guest!(%error, "queues of a network")).ok()?;
         // What the driver has put there meanwhile was left alone.
         for pair in self.pairs[..count].iter_mut().skip(before) {
             (pair.receiving, pair.sending) = (true, true);
@@ -120,7 +121,7 @@ impl Net {
         if offloads & !features::guest_offloads(driver.features) != 0 {
             return None;
         }
-        self.set_offloads(offloads).inspect_err(|error| tracing::warn!(%error, "offloads of a network")).ok()
+        self.set_offloads(offloads).inspect_err(|error| warn_of_guest!(%error, "offloads of a network")).ok()
     }
 }
 

@@ -27,6 +27,7 @@ use virtio_bindings::virtio_net::{
 use virtio_queue::QueueT;
 
 use super::{Broken, Class, Direction, Drained, Driver, Persistent, VirtioDevice, Watch, WatchToken};
+use crate::guest_log::warn_of_guest;
 
 pub use link::Link;
 pub use state::NetState;
@@ -235,7 +236,7 @@ impl VirtioDevice for Net {
         }
         // Firmware that comes next may know of no offloads.
         if let Err(error) = self.set_offloads(0).and_then(|()| self.activate_pairs(1)) {
-            tracing::warn!(%error, "a network could not be reset");
+            warn_of_guest!(%error, "a network could not be reset");
         }
         self.unlike_state = false;
     }

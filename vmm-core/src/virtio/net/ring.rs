@@ -3,9 +3,10 @@
 use std::num::Wrapping;
 use std::sync::atomic::{Ordering, fence};
 
-use virtio_queue::{DescriptorChain, QueueOwnedT, QueueT};
+use virtio_queue::{DescriptorChain, QueueT};
 use vm_memory::{Bytes, GuestAddress, GuestMemory, GuestMemoryMmap, Permissions, VolatileSlice};
 
+use crate::virtio::requests::{self, Request};
 use crate::virtio::{Broken, Driver};
 
 /// Bytes before the first entry of either ring.
@@ -20,16 +21,8 @@ pub(super) fn next_chain<'m>(
     driver: &mut Driver,
     memory: &'m GuestMemoryMmap,
     queue: usize,
-) -> Result<Option<DescriptorChain<&'m GuestMemoryMmap>>, Broken> {
-    let ring = &mut driver.queues[queue];
-    let damaged = |error| Broken::queue(queue, error);
-    let available = ring.avail_idx(memory, Ordering::Acquire).map_err(damaged)?;
-    if available.0 == ring.next_avail() {
-        return Ok(None);
-    }
-    // To go on without the entry would be to come back to it for ever.
-    let chain = ring.iter(memory).map_err(damaged)?.next();
-    chain.map(Some).ok_or_else(|| Broken::queue(queue, "an entry of the available ring cannot be read"))
+) -> Result<Option<Request<'m>>, Broken> {
+    requests::take(memory, &mut driver.queues[queue], queue)
 }
 
 /// Does without the driver's kicks.

@@ -9,6 +9,7 @@ use vm_memory::{GuestAddress, GuestMemoryMmap};
 use super::ShapeError;
 use super::common::{Ring, with_half};
 use super::signals::{Ear, Signals};
+use crate::guest_log::warn_of_guest;
 use crate::virtio::{Broken, Drained, Driver, Interrupt, Persistent, VirtioDevice, Watch, WatchToken};
 
 /// Device status bits (virtio 1.2, 2.1).
@@ -267,7 +268,7 @@ impl Transport {
     /// way any more: not in its memory either.
     fn break_down(&mut self, broken: &Broken) {
         let virtio_id = self.virtio_id();
-        tracing::warn!(virtio_id, reason = %broken, "a virtio device needs a reset by its driver");
+        warn_of_guest!(virtio_id, reason = %broken, "a virtio device needs a reset by its driver");
         self.device.reset();
         self.driver = None;
         self.status |= status::NEEDS_RESET;
