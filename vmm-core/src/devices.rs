@@ -104,6 +104,11 @@ impl Devices {
         self.slots.values().for_each(|slot| slot.virtio.attach_doorbells_ahead());
     }
 
+    /// Whether they are served, as long as nobody wants otherwise.
+    pub(crate) fn are_served(&self) -> bool {
+        self.io.as_ref().is_some_and(IoThread::is_serving)
+    }
+
     /// The guest is about to stop: what serves the devices comes to rest meanwhile.
     pub(crate) fn want_rest(&self) {
         self.io.iter().for_each(IoThread::want_rest);
