@@ -35,7 +35,7 @@ use self::notify::Doorbells;
 use self::signals::Signals;
 use self::transport::Transport;
 use super::{Drained, SectionVersions, VirtioDevice, Watch, WatchToken};
-use crate::pci::{Endpoint, Function, FunctionState, Hypervisor, Identity, MsixLayout, WINDOW};
+use crate::pci::{ConfigSpace, Endpoint, Function, FunctionState, Hypervisor, Identity, MsixLayout, WINDOW};
 
 pub use self::state::{QueueState, VirtioState, VirtioStateError, WindowState};
 
@@ -282,8 +282,15 @@ impl Function for VirtioPci {
         self.follow();
         let target =
             self.endpoint.with_config(|config| capabilities::access(config, self.window, offset, data.len()));
+        let is_master = || self.endpoint.with_config(ConfigSpace::is_bus_master);
+        let was_master = is_master();
         if let Some(target) = target {
             self.write_memory(target, data);
+        // A kernel that starts another one leaves devices to it as they are, but for this.
+        if was_master && !is_master() {
+            self.lock().leave_memory_alone();
+            self.change();
+        }
         }
     }
 
