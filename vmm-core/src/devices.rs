@@ -179,11 +179,8 @@ impl Devices {
     /// The sections that [`save`](Self::save) writes, with their instances.
     pub(crate) fn sections(&self) -> Vec<(u32, SectionVersions)> {
         let of_slot = |(&at, slot): (&u8, &Slot)| {
-            slot.virtio
-                .sections()
-                .unwrap_or_default()
-                .into_iter()
-                .map(move |section| (u32::from(at), section))
+            let sections = slot.virtio.sections().unwrap_or_default().to_vec();
+            sections.into_iter().map(move |section| (u32::from(at), section))
         };
         let bus = (BUS, (HostState::NAME, HostState::VERSIONS));
         [bus].into_iter().chain(self.slots.iter().flat_map(of_slot)).collect()

@@ -260,6 +260,13 @@ fn a_device_that_is_no_bus_master_any_more_leaves_memory_alone() {
 }
 
 #[test]
+fn sections_are_told_while_the_device_is_at_work() {
+    let board = Board::new();
+    let _at_work = board.device.lock();
+    assert_eq!(board.device.sections().map(<[_]>::len), Some(3));
+}
+
+#[test]
 fn a_masked_vector_remembers() {
     let board = Board::new();
     let bar = board.up();
@@ -612,7 +619,7 @@ fn a_device_without_an_answer_cannot_be_saved() {
     let board = Board::with((loopback, remote));
     assert!(board.device.sections().is_none());
     assert!(board.device.save(&mut FrameWriter::default(), 3).is_err());
-    let names: Vec<_> = Board::new().device.sections().unwrap().into_iter().map(|(name, _)| name).collect();
+    let names: Vec<_> = Board::new().device.sections().unwrap().iter().map(|(name, _)| *name).collect();
     assert_eq!(names, ["pci/function", "virtio/transport", "test/loopback"]);
 }
 
