@@ -652,6 +652,8 @@ impl App {
         self.progress.status = if failure.is_some() { Status::Failed } else { Status::Completed };
         self.progress.error = failure;
         self.emit_migration_event();
+        // Input that came along goes to the guest at once.
+        self.resumed = true;
         Ok(())
     }
 
@@ -730,6 +732,8 @@ impl Host for App {
     fn resume(&mut self, activity: GuestActivity) -> Result<(), BoxError> {
         self.saved_fds.clear();
         self.stop_told = false;
+        // Input that has waited goes to the guest at once.
+        self.resumed = true;
         for at in self.guests_chardevs() {
             self.parts.chardevs[at].output().release();
         }

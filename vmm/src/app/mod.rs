@@ -284,7 +284,10 @@ impl App {
             };
             interests.extend(chardev.interests(at, direction));
         }
-        interests.extend(self.full_consoles().map(|end| Interest::read_forever(end.room(), Token::Room)));
+        if !self.guest_is_away() {
+            // Later it is still readable.
+            interests.extend(self.full_consoles().map(|end| Interest::read_forever(end.room(), Token::Room)));
+        }
         if let Some((keeper, _)) = &self.keeper {
             interests.push(Interest::read(keeper, Token::Keeper));
         }

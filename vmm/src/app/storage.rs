@@ -63,6 +63,8 @@ impl App {
         if let Some(at) = self.serial_chardev() {
             self.parts.chardevs[at].output().release();
         }
+        // Input that has waited goes to the guest now.
+        self.resumed = true;
         self.run_guest().map_err(|error| failed(error.as_ref()))
     }
 
