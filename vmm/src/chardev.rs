@@ -170,6 +170,17 @@ impl Output {
         state.flush();
     }
 
+    /// Sends again, but not the first `count` bytes of what is [held](Self::hold): another program has them.
+    pub fn release_after(&self, count: usize) {
+        let mut state = self.lock();
+        if state.held {
+            let count = count.min(state.pending.len());
+            state.pending.drain(..count);
+        }
+        state.held = false;
+        state.flush();
+    }
+
     /// Sends `bytes` before everything that is pending.
     pub fn write_first(&self, bytes: &[u8]) {
         let mut state = self.lock();
@@ -663,4 +674,55 @@ pub fn check_users(config: &ChardevConfig, users: usize) -> anyhow::Result<()> {
         bail!("chardev '{}' is used twice; give it mux=on", config.id);
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::Read;
+
+    use super::*;
+
+    fn connected() -> (Output, UnixStream) {
+        let (ours, peer) = UnixStream::pair().unwrap();
+        peer.set_nonblocking(true).unwrap();
+        let output = Output::default();
+        output.connect(Sink::Socket(Arc::new(ours.into())), Vec::new());
+        (output, peer)
+    }
+
+    fn received(mut peer: &UnixStream) -> String {
+        let mut bytes = [0; 64];
+        match peer.read(&mut bytes) {
+            Ok(count) => String::from_utf8_lossy(&bytes[..count]).into_owned(),
+            Err(error) => error.kind().to_string(),
+        }
+    }
+
+    #[test]
+    fn what_went_along_with_a_guest_is_not_sent_and_comes_back_with_it() {
+        let (output, peer) = connected();
+        output.lock().pending.extend(b"guest");
+        assert_eq!(output.hold(), b"guest");
+        output.write(b"monitor");
+        assert_eq!(received(&peer), io::ErrorKind::WouldBlock.to_string());
+        output.release_after(5);
+        assert_eq!(received(&peer), "monitor");
+        output.write_first(b"guest");
+        assert_eq!(received(&peer), "guest");
+        // One that was connected anew meanwhile has nothing of it.
+        output.lock().pending.extend(b"new");
+        output.release_after(5);
+        assert_eq!(received(&peer), "new");
+    }
+
+    #[test]
+    fn what_came_with_a_guest_is_sent_at_its_release_and_before_the_rest() {
+        let (output, peer) = connected();
+        output.hold();
+        output.write_first(b"before, ");
+        output.write(b"after");
+        assert_eq!(received(&peer), io::ErrorKind::WouldBlock.to_string());
+        output.release();
+        assert_eq!(received(&peer), "before, after");
+    }
 }

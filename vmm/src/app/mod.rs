@@ -138,6 +138,9 @@ pub struct App {
     /// What a paused guest goes back to when an update fails.
     state_before_update: RunState,
     exit: Option<Exit>,
+    /// What the guest had printed and was not sent when its state was saved, for each of its chardevs. Where the state is
+    /// this goes too, and nothing of it is sent here unless the guest goes on here.
+    unsent: BTreeMap<usize, Vec<u8>>,
     /// When the reset that the guest has asked for is tried, until it is carried out.
     reset_due: Option<Instant>,
     /// What the update brought that waits for its commit.
@@ -172,6 +175,7 @@ impl App {
             stored: None,
             state_before_update: RunState::Prelaunch,
             exit: None,
+            unsent: BTreeMap::new(),
             reset_due: None,
             loaded: Loaded::default(),
             untold_resets: Vec::new(),
@@ -404,6 +408,9 @@ impl App {
         match outcome {
             Outcome::HandedOver => {
                 self.progress.status = Status::Completed;
+                for (&at, unsent) in &self.unsent {
+                    self.parts.chardevs[at].output().release_after(unsent.len());
+                }
                 match self.stored {
                     Some(_) => self.set_run_state(RunState::PostMigrate),
                     None => self.guest_moved_out(),
