@@ -128,6 +128,11 @@ impl Devices {
         self.slots.values().for_each(|slot| slot.virtio.attach_doorbells_ahead());
     }
 
+    /// Whether they are served, as long as nobody wants otherwise.
+    pub(crate) fn are_served(&self) -> bool {
+        self.io.as_ref().is_some_and(IoThread::is_serving)
+    }
+
     /// The guest is about to stop: what serves the devices comes to rest meanwhile.
     pub(crate) fn want_rest(&self) {
         self.io.iter().for_each(IoThread::want_rest);
@@ -198,11 +203,8 @@ impl Devices {
     /// The sections that [`save`](Self::save) writes, with their instances.
     pub(crate) fn sections(&self) -> Vec<(u32, SectionVersions)> {
         let of_slot = |(&at, slot): (&u8, &Slot)| {
-            slot.virtio
-                .sections()
-                .unwrap_or_default()
-                .into_iter()
-                .map(move |section| (u32::from(at), section))
+            let sections = slot.virtio.sections().unwrap_or_default().to_vec();
+            sections.into_iter().map(move |section| (u32::from(at), section))
         };
         let bus = (BUS, (HostState::NAME, HostState::VERSIONS));
         [bus].into_iter().chain(self.slots.iter().flat_map(of_slot)).collect()

@@ -87,6 +87,11 @@ impl IoThread {
         self.thread.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    /// Whether the thread serves the devices and has not been told to rest.
+    pub(crate) fn is_serving(&self) -> bool {
+        self.shared.is_to_serve()
+    }
+
     /// Has the thread rest soon.
     pub(crate) fn want_rest(&self) {
         let rest = &self.shared.rest;

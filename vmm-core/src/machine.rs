@@ -39,7 +39,7 @@ use crate::vm_state;
 /// The most vCPUs that a machine has. The ACPI tables and the payload's mailboxes go this far.
 pub const MAX_VCPUS: usize = 64;
 
-/// The I/O thread rests long before, unless the machine has no CPU time for it.
+/// Threads rest long before, unless the machine has no CPU time for them.
 const RESTS_WITHIN: Duration = Duration::from_secs(5);
 
 /// What a machine is made of.
@@ -220,28 +220,44 @@ impl Machine {
     /// A vCPU that does not exist any more, or has no thread and gets none; devices that get none.
     pub fn run(&self) -> Result<(), MachineError> {
         self.ready()?;
-        self.vcpus.resume()?;
+        // What can fail comes before any vCPU runs.
+        self.devices.as_ref().map_or(Ok(()), Devices::recall)?;
+        self.vcpus.resume().inspect_err(|_| self.stop_those_that_run())?;
         // Afterwards: a guest that waits for a device is better off than one that does not run.
         self.devices.as_ref().map_or(Ok(()), Devices::go_on)
+    }
+
+    /// A machine that cannot run does not run in part.
+    fn stop_those_that_run(&self) {
+        if let Err(error) = self.vcpus.pause(RESTS_WITHIN) {
+            tracing::error!(%error, "a vCPU of a machine that cannot run did not stop");
+        }
     }
 
     /// Stops the vCPUs, then the devices; returns when no vCPU runs and no request to a device is under way.
     ///
     /// # Errors
-    /// [`MachineError::PauseTimedOut`] when a vCPU is held up longer than `deadline`; [`Machine::run`] undoes it.
-    /// [`MachineError::Restless`] when a device is; the machine runs on then.
+    /// [`MachineError::PauseTimedOut`] when a vCPU is held up longer than `deadline`, [`MachineError::Restless`] when a
+    /// device is. The machine goes on then as it did before: all vCPUs run, not only those that were late.
     pub fn pause(&self, deadline: Duration) -> Result<(), MachineError> {
         let until = Instant::now() + deadline;
-        let Some(devices) = &self.devices else { return self.vcpus.pause(deadline) };
-        // So that its thread comes to rest while the vCPUs stop.
-        devices.want_rest();
+        let ran = !self.is_paused();
+        let served = self.devices.as_ref().is_some_and(Devices::are_served);
+        // So that their thread comes to rest while the vCPUs stop.
+        self.devices.iter().for_each(Devices::want_rest);
         let stopped = self.vcpus.pause(deadline);
-        let stopped = stopped.inspect_err(|_| self.undo_stop(devices.go_on()));
-        stopped.and_then(|()| devices.stop(until, deadline).inspect_err(|_| self.undo_stop(self.run())))
+        let devices = || self.devices.as_ref().map_or(Ok(()), |devices| devices.stop(until, deadline));
+        stopped.and_then(|()| devices()).inspect_err(|_| self.undo_stop(ran, served))
     }
 
     /// What is told is why the machine did not stop.
-    fn undo_stop(&self, undone: Result<(), MachineError>) {
+    fn undo_stop(&self, ran: bool, served: bool) {
+        let undone = match (ran, &self.devices) {
+            (true, _) => self.run(),
+            // A guest that has come to its end may leave work to devices.
+            (false, Some(devices)) if served => devices.go_on(),
+            (false, _) => Ok(()),
+        };
         if let Err(error) = undone {
             tracing::error!(%error, "a machine that could not be stopped does not go on either");
         }

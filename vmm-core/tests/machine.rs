@@ -503,20 +503,21 @@ fn a_running_machine_keeps_its_threads() {
     wait_for_beats(&machine, 2);
 }
 
-#[test]
-fn a_vcpu_that_a_device_holds_up_holds_up_no_other() {
-    if !have_kvm("a_vcpu_that_a_device_holds_up_holds_up_no_other") {
-        return;
+/// A port that a vCPU waits at while it is locked; the number is of those that are at it.
+#[derive(Default)]
+struct Gate(std::sync::Mutex<()>, AtomicU64);
+
+impl vmm_core::ports::PortDevice for Gate {
+    fn read(&self, _: u16, _: &mut [u8]) {}
+    fn write(&self, _: u16, _: &[u8]) {
+        self.1.fetch_add(1, Ordering::SeqCst);
+        drop(self.0.lock().unwrap());
+        self.1.fetch_sub(1, Ordering::SeqCst);
     }
-    struct Gate(std::sync::Mutex<()>);
-    impl vmm_core::ports::PortDevice for Gate {
-        fn read(&self, _: u16, _: &mut [u8]) {}
-        fn write(&self, _: u16, _: &[u8]) {
-            drop(self.0.lock().unwrap());
-        }
-    }
-    const VCPUS: usize = 5;
-    // After it has started the others, the first vCPU writes to a port and counts its writes.
+}
+
+/// After it has started the others, the first vCPU writes to port 0x680 and counts its writes.
+fn writes_and_counts() -> Vec<u8> {
     let (starting, _counting) = COUNT.split_at(COUNT.len() - 9);
     #[rustfmt::skip]
     let writing = [
@@ -526,11 +527,20 @@ fn a_vcpu_that_a_device_holds_up_holds_up_no_other() {
         0xee,                                                   //     out dx, al
         0xeb, 0xf6,                                             //     jmp 2b
     ];
+    [starting, &writing[..]].concat()
+}
+
+#[test]
+fn a_vcpu_that_a_device_holds_up_holds_up_no_other() {
+    if !have_kvm("a_vcpu_that_a_device_holds_up_holds_up_no_other") {
+        return;
+    }
+    const VCPUS: usize = 5;
     let backend = backend(64 * MIB);
     let (machine, _) = machine(&backend, VCPUS);
-    let gate = Arc::new(Gate(std::sync::Mutex::new(())));
+    let gate = Arc::new(Gate::default());
     machine.ports().insert(0x680, 1, "gate", gate.clone()).unwrap();
-    load(&machine, &[starting, &writing[..]].concat());
+    load(&machine, &writes_and_counts());
     machine.set_entry(&flat).unwrap();
     machine.run().unwrap();
     wait_for_beats(&machine, VCPUS);
@@ -544,6 +554,35 @@ fn a_vcpu_that_a_device_holds_up_holds_up_no_other() {
     wait_for("that they go on", || (1..VCPUS).all(|vcpu| counter(&machine, vcpu) > before[vcpu - 1]));
     drop(held);
     wait_for_beats(&machine, VCPUS);
+}
+
+#[test]
+fn a_stop_that_a_device_prevents_is_undone_for_every_vcpu() {
+    if !have_kvm("a_stop_that_a_device_prevents_is_undone_for_every_vcpu") {
+        return;
+    }
+    const VCPUS: usize = 3;
+    let backend = backend(64 * MIB);
+    let (machine, _) = machine(&backend, VCPUS);
+    let gate = Arc::new(Gate::default());
+    machine.ports().insert(0x680, 1, "gate", gate.clone()).unwrap();
+    load(&machine, &writes_and_counts());
+    machine.set_entry(&flat).unwrap();
+    machine.run().unwrap();
+    wait_for_beats(&machine, VCPUS);
+    for _ in 0..5 {
+        let held = gate.0.lock().unwrap();
+        wait_for("a vCPU at the port", || gate.1.load(Ordering::SeqCst) == 1);
+        let error = machine.pause(Duration::from_millis(200)).unwrap_err();
+        assert!(matches!(&error, MachineError::PauseTimedOut { vcpus, .. } if *vcpus == [0]), "{error}");
+        let before: Vec<u32> = (1..VCPUS).map(|vcpu| counter(&machine, vcpu)).collect();
+        wait_for("the others' counting", || {
+            (1..VCPUS).all(|vcpu| counter(&machine, vcpu) > before[vcpu - 1])
+        });
+        drop(held);
+        wait_for_beats(&machine, VCPUS);
+    }
+    machine.pause(DEADLINE).unwrap();
 }
 
 #[test]
@@ -665,16 +704,9 @@ fn a_vcpu_that_a_device_holds_up_is_named_and_goes_on() {
     if !have_kvm("a_vcpu_that_a_device_holds_up_is_named_and_goes_on") {
         return;
     }
-    struct Slow(std::sync::Mutex<()>);
-    impl vmm_core::ports::PortDevice for Slow {
-        fn read(&self, _: u16, _: &mut [u8]) {}
-        fn write(&self, _: u16, _: &[u8]) {
-            drop(self.0.lock().unwrap());
-        }
-    }
     let backend = backend(64 * MIB);
     let (machine, _) = self::machine(&backend, 1);
-    let slow = Arc::new(Slow(std::sync::Mutex::new(())));
+    let slow = Arc::new(Gate::default());
     machine.ports().remove(0x600);
     machine.ports().insert(0x602, 1, "slow", slow.clone()).unwrap();
     load(&machine, RESET);
@@ -684,8 +716,8 @@ fn a_vcpu_that_a_device_holds_up_is_named_and_goes_on() {
     std::thread::sleep(Duration::from_millis(50));
     let error = machine.pause(Duration::from_millis(20)).unwrap_err();
     assert!(matches!(&error, MachineError::PauseTimedOut { vcpus, .. } if *vcpus == [0]), "{error}");
+    assert!(!machine.is_paused());
     drop(held);
-    machine.run().unwrap();
     machine.pause(DEADLINE).unwrap();
 }
 

@@ -194,6 +194,17 @@ impl Output {
         state.flush();
     }
 
+    /// Sends again, but not the first `count` bytes of what is [held](Self::hold): another program has them.
+    pub fn release_after(&self, count: usize) {
+        let mut state = self.lock();
+        if state.held {
+            let count = count.min(state.pending.len());
+            state.pending.drain(..count);
+        }
+        state.held = false;
+        state.flush();
+    }
+
     /// Sends `bytes` before everything that is pending.
     pub fn write_first(&self, bytes: &[u8]) {
         let mut state = self.lock();

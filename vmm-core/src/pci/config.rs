@@ -135,6 +135,11 @@ impl ConfigSpace {
         (self.u16_at(COMMAND) & MEMORY_SPACE != 0).then(|| self.bar())
     }
 
+    /// Whether the function may access memory by itself.
+    pub fn is_bus_master(&self) -> bool {
+        self.u16_at(COMMAND) & BUS_MASTER != 0
+    }
+
     /// The 16-bit register at `offset`.
     pub fn u16_at(&self, offset: usize) -> u16 {
         u16::from_le_bytes([self.bytes[offset], self.bytes[offset + 1]])

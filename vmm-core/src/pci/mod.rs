@@ -3,8 +3,7 @@
 //! There is a host bridge in slot 0 and functions of type 0 beside it, each with one memory BAR and MSI-X. Configuration
 //! space is reached by ECAM and by the ports 0xcf8 and 0xcfc. BARs have addresses from the start, as there is nobody
 //! before the kernel who would assign them; a kernel that moves them may. Left out on purpose: other buses and bridges,
-//! I/O BARs, INTx (no function has an interrupt pin), hot plug (no slot says that it can), and a look at the bus master
-//! bit. The truth is the PCI Local Bus Specification 3.0, and for ECAM the PCI Express Base Specification.
+//! I/O BARs, INTx (no function has an interrupt pin), and hot plug (no slot says that it can). The truth is the PCI Local Bus Specification 3.0, and for ECAM the PCI Express Base Specification.
 //!
 //! Whatever is written is a guest's and may be nonsense: what cannot be is ignored, or reads back as something else.
 

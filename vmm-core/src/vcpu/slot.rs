@@ -5,6 +5,7 @@
 //! the guest could hold.
 
 use std::collections::VecDeque;
+use std::ops::ControlFlow;
 use std::os::fd::{AsRawFd, RawFd};
 use std::sync::atomic::{AtomicBool, AtomicU8, AtomicUsize, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError};
@@ -221,6 +222,8 @@ impl Slot {
     }
 
     pub(super) fn withdraw_stop(&self) {
+        // Before the thread parks the vCPU, or after.
+        let _inner = self.lock();
         self.stop.store(false, Ordering::SeqCst);
         self.set_immediate_exit(false);
     }
@@ -389,12 +392,19 @@ impl Slot {
         }
     }
 
-    /// Tells whether this was the last vCPU that ran.
-    pub(super) fn park(&self, cpu: Cpu) -> bool {
-        // Nobody waits for news of a vCPU that exists.
-        self.lock().place = Place::Parked(cpu);
+    /// Tells whether this was the last vCPU that ran. A vCPU that was `stopped` is given back to run on if the stop was
+    /// withdrawn meanwhile: whoever did so counts on it.
+    pub(super) fn park(&self, cpu: Cpu, stopped: bool) -> ControlFlow<bool, Cpu> {
+        {
+            let mut inner = self.lock();
+            if stopped && !self.stop_requested() {
+                return ControlFlow::Continue(cpu);
+            }
+            // Nobody waits for news of a vCPU that exists.
+            inner.place = Place::Parked(cpu);
+        }
         self.running.awake.store(self.index, Ordering::Relaxed);
-        self.running.one_less()
+        ControlFlow::Break(self.running.one_less())
     }
 
     /// Stays awake for a moment, for work that is about to come.

@@ -1,5 +1,6 @@
 //! A vCPU's thread: makes the vCPU, runs the guest in it, answers its exits.
 
+use std::ops::ControlFlow;
 use std::sync::Arc;
 
 use oslib::signals::{self, SignalMask, ThreadId};
@@ -86,9 +87,8 @@ impl VcpuThread {
         loop {
             match slot.next_request() {
                 Request::Job(job) => job(),
-                Request::Run(mut cpu, turn) => {
-                    self.run_guest(&mut cpu, turn, &mut timer);
-                    if slot.park(cpu) {
+                Request::Run(cpu, turn) => {
+                    if self.run_until_parked(cpu, turn, &mut timer) {
                         // Saving them all is what mostly comes next.
                         slot.expect_work();
                     }
@@ -126,11 +126,22 @@ impl VcpuThread {
         Ok(())
     }
 
-    /// Runs the guest until a stop is requested or the vCPU fails.
+    /// Runs the guest, and parks the vCPU; tells whether it was the last one.
+    fn run_until_parked(&self, mut cpu: Cpu, mut turn: Option<Turn>, timer: &mut TurnTimer) -> bool {
+        loop {
+            let stopped = self.run_guest(&mut cpu, turn.take(), timer);
+            match self.slot.park(cpu, stopped) {
+                ControlFlow::Break(last) => return last,
+                ControlFlow::Continue(wanted) => cpu = wanted,
+            }
+        }
+    }
+
+    /// Runs the guest until a stop is requested or the vCPU fails; tells whether it is the stop.
     ///
     /// A stop is obeyed only where `KVM_RUN` was interrupted. After an exit that needs an answer the vCPU always enters
     /// once more, with `immediate_exit` set if it is to stop: that completes the instruction.
-    fn run_guest(&self, cpu: &mut Cpu, mut turn: Option<Turn>, timer: &mut TurnTimer) {
+    fn run_guest(&self, cpu: &mut Cpu, mut turn: Option<Turn>, timer: &mut TurnTimer) -> bool {
         let Environment { ports, mmio, observer, events, .. } = &self.environment;
         let slot = &*self.slot;
         if slot.take_tell_paused()
@@ -140,7 +151,7 @@ impl VcpuThread {
             tracing::warn!(vcpu = slot.index, %error, "cannot tell the guest that it stood still");
         }
         if !slot.allow_guest() {
-            return;
+            return true;
         }
         cpu.pristine = None;
         // Otherwise the turn lasts until the vCPU leaves by itself.
@@ -166,7 +177,7 @@ impl VcpuThread {
                 turn.end();
             }
             match exit {
-                Ok(Exit::Interrupted) if stop => return,
+                Ok(Exit::Interrupted) if stop => return true,
                 Ok(Exit::Interrupted) => {
                     slot.allow_guest();
                 }
@@ -190,5 +201,6 @@ impl VcpuThread {
             observer.last_exit(slot.index);
         }
         events.send(failure.into_event(cpu));
+        false
     }
 }

@@ -223,7 +223,7 @@ impl Vcpus {
     ///
     /// # Errors
     /// [`MachineError::PauseTimedOut`] with those that did not stop in time; they go on running, the others
-    /// are parked. `resume` makes it undone.
+    /// are parked. [`resume`](Self::resume) undoes it.
     pub fn pause(&self, deadline: Duration) -> Result<(), MachineError> {
         let until = Instant::now() + deadline;
         self.slots.iter().for_each(|slot| slot.request_stop());

@@ -83,9 +83,30 @@ impl FrontEnd {
         self.users.iter().any(User::is_guests)
     }
 
-    /// Whether one of its users is a virtio console.
-    pub fn has_console(&self) -> bool {
-        self.users.iter().any(|user| matches!(user, User::Console(..)))
+    /// How many of its users are virtio consoles.
+    pub(super) fn consoles(&self) -> u32 {
+        self.users.iter().map(|user| u32::from(matches!(user, User::Console(..)))).sum()
+    }
+
+    /// Input that each of its virtio consoles has no room for.
+    pub(super) fn console_inputs(&self) -> Vec<Vec<u8>> {
+        let of = |user: &User| match user {
+            User::Console(_, waiting) => Some(waiting.iter().copied().collect()),
+            User::Serial(_) | User::Hmp(_) | User::Qmp(_) => None,
+        };
+        self.users.iter().filter_map(of).collect()
+    }
+
+    /// Input for one of its virtio consoles that comes before what was read here.
+    pub(super) fn give_console_input(&mut self, console: usize, input: Vec<u8>) {
+        let mut consoles = self.users.iter_mut().filter_map(|user| match user {
+            User::Console(_, waiting) => Some(waiting),
+            User::Serial(_) | User::Hmp(_) | User::Qmp(_) => None,
+        });
+        if let Some(waiting) = consoles.nth(console) {
+            let later = std::mem::replace(waiting, input.into());
+            waiting.extend(later);
+        }
     }
 
     /// Whether it belongs to the guest, and to no monitor.

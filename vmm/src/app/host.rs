@@ -1,6 +1,7 @@
 //! What an update does to this program, in the source and in the target.
 
 use std::collections::BTreeMap;
+use std::iter::{once, repeat};
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::time::Instant;
@@ -55,12 +56,13 @@ impl SectionType for SerialInput {
     const VERSION: u32 = 1;
 }
 
-/// Main section, one for each chardev of virtio consoles: what is on its way through the chardev.
+/// Main section, one for each virtio console that has a chardev, in their order: what is on its way through the chardev.
 #[derive(Debug, Serialize, Deserialize)]
 pub(super) struct ConsoleLine {
     /// Of which chardev.
     identity: String,
-    /// What the guest wrote and the chardev has not sent. Of a chardev that COM1 has as well, see [`OutsideSection`].
+    /// What the guest wrote and the chardev has not sent, with its first console. Of a chardev that COM1 has as well, see
+    /// [`OutsideSection`].
     unsent: Vec<u8>,
     /// Input that the console had no room for, if the guest moves to another process.
     input: Vec<u8>,
@@ -506,7 +508,9 @@ impl App {
         formats::put(main, 0, &machine.platform)?;
         self.hardware()?.machine.save_devices(main)?;
         // Sent by whoever has the guest in the end, and by nobody before.
-        let unsent = self.serial_chardev().map(|at| self.parts.chardevs[at].output().hold());
+        let held = self.guests_chardevs().map(|at| (at, self.parts.chardevs[at].output().hold()));
+        self.unsent = held.collect();
+        let unsent = self.serial_chardev().and_then(|at| self.unsent.get(&at)).cloned();
         let outside =
             OutsideSection { unsent: unsent.unwrap_or_default(), resets: self.untold_resets.clone() };
         formats::put(main, 0, &outside)?;
@@ -534,41 +538,86 @@ impl App {
         machine.restore(&state).context("the machine refuses the state")?;
         machine.load_devices(main).context("the machine refuses the state")?;
         self.loaded = Loaded { outside, ended, serial_input, consoles };
+        self.hold_unsent();
         Ok(())
     }
 
-    /// The chardevs of consoles, which send nothing from now on.
-    fn console_lines(&self) -> Vec<ConsoleLine> {
-        let serial = self.serial_chardev();
-        let moves_out = self.moves_out;
-        let line = |at: usize| {
-            let (chardev, users) = (&self.parts.chardevs[at], &self.parts.front_ends[at].users);
-            let unsent = if serial == Some(at) { Vec::new() } else { chardev.output().hold() };
-            let input = users.iter().filter_map(|user| match user {
-                User::Console(_, waiting) if moves_out => Some(waiting),
-                _ => None,
-            });
-            let input = input.flatten().copied().collect();
-            ConsoleLine { identity: chardev.identity().into(), unsent, input }
-        };
-        let has_console = |at: &usize| self.parts.front_ends[*at].has_console();
-        self.guests_chardevs().filter(has_console).map(line).collect()
+    fn resume_guest(&mut self, activity: GuestActivity) -> anyhow::Result<()> {
+        match activity {
+            _ if self.guest_has_ended() => Ok(()),
+            GuestActivity::Running => self.run_guest(),
+            GuestActivity::Paused => {
+                // Those that a departure has ended are looked for by monitors.
+                self.hardware()?.machine.recall_threads()?;
+                self.set_run_state(self.state_before_update);
+                Ok(())
+            }
+        }
     }
 
-    fn go_on_with_line(&mut self, ConsoleLine { identity, unsent, input }: ConsoleLine) {
-        let Some(at) = self.parts.chardevs.iter().position(|chardev| chardev.identity() == identity) else {
-            tracing::warn!(
-                chardev = identity,
-                "a console has lost its chardev, and what was on its way there"
-            );
-            return;
+    /// What is on its way through the chardevs of consoles, whose output is held.
+    fn console_lines(&self) -> Vec<ConsoleLine> {
+        let serial = self.serial_chardev();
+        let mut lines = Vec::new();
+        for at in self.guests_chardevs() {
+            let identity = self.parts.chardevs[at].identity();
+            let unsent = self.unsent.get(&at).filter(|_| serial != Some(at)).cloned().unwrap_or_default();
+            let unsent = once(unsent).chain(repeat(Vec::new()));
+            for (input, unsent) in self.parts.front_ends[at].console_inputs().into_iter().zip(unsent) {
+                let input = if self.moves_out { input } else { Vec::new() };
+                lines.push(ConsoleLine { identity: identity.into(), unsent, input });
+            }
+        }
+        lines
+    }
+
+    fn chardev_of(&self, line: &ConsoleLine) -> Option<usize> {
+        self.parts.chardevs.iter().position(|chardev| chardev.identity() == line.identity)
+    }
+
+    /// What the guest had printed is sent as soon as it is ours, and before everything that it prints here.
+    fn hold_unsent(&self) {
+        let hold = |at: usize, unsent: &[u8]| {
+            let output = self.parts.chardevs[at].output();
+            output.hold();
+            output.write_first(unsent);
         };
-        self.parts.chardevs[at].output().write_first(&unsent);
-        for user in &mut self.parts.front_ends[at].users {
-            if let User::Console(_, waiting) = user {
-                let later = std::mem::replace(waiting, input.into());
-                waiting.extend(later);
-                return;
+        let Loaded { outside, consoles, .. } = &self.loaded;
+        if let Some(at) = self.serial_chardev() {
+            hold(at, &outside.unsent);
+        }
+        for line in consoles {
+            match self.chardev_of(line) {
+                Some(at) => hold(at, &line.unsent),
+                None => tracing::warn!(
+                    chardev = line.identity,
+                    "a console has lost its chardev, and what was on its way there"
+                ),
+            }
+        }
+    }
+
+    /// Another program has the guest, and sends what it had printed.
+    fn forget_unsent(&mut self) {
+        let Loaded { outside, consoles, .. } = std::mem::take(&mut self.loaded);
+        let forget = |at: usize, unsent: &[u8]| self.parts.chardevs[at].output().release_after(unsent.len());
+        if let Some(at) = self.serial_chardev() {
+            forget(at, &outside.unsent);
+        }
+        for line in &consoles {
+            if let Some(at) = self.chardev_of(line) {
+                forget(at, &line.unsent);
+            }
+        }
+    }
+
+    fn give_console_input(&mut self, lines: Vec<ConsoleLine>) {
+        let mut given = BTreeMap::new();
+        for line in lines {
+            if let Some(at) = self.chardev_of(&line) {
+                let console: &mut usize = given.entry(at).or_default();
+                self.parts.front_ends[at].give_console_input(*console, line.input);
+                *console += 1;
             }
         }
     }
@@ -577,10 +626,7 @@ impl App {
     fn carry_on(&mut self) {
         let Loaded { outside, ended, serial_input, consoles } = std::mem::take(&mut self.loaded);
         self.give_serial_input(serial_input);
-        if let Some(at) = self.serial_chardev() {
-            self.parts.chardevs[at].output().write_first(&outside.unsent);
-        }
-        consoles.into_iter().for_each(|line| self.go_on_with_line(line));
+        self.give_console_input(consoles);
         self.untold_resets = outside.resets;
         self.tell_resets();
         if let Some(ended) = ended {
@@ -613,6 +659,7 @@ impl App {
         if let Err(error) = result {
             // After the commit nobody else has the guest, so nobody is told so.
             if !matches!(error, IncomingError::Resume(_)) {
+                self.forget_unsent();
                 arriving.refuse(&errors::text(&error));
             }
             return Err(error.into());
@@ -652,6 +699,8 @@ impl App {
         self.progress.status = if failure.is_some() { Status::Failed } else { Status::Completed };
         self.progress.error = failure;
         self.emit_migration_event();
+        // Input that came along goes to the guest at once.
+        self.resumed = true;
         Ok(())
     }
 
@@ -729,20 +778,16 @@ impl Host for App {
 
     fn resume(&mut self, activity: GuestActivity) -> Result<(), BoxError> {
         self.saved_fds.clear();
+        self.unsent.clear();
         self.stop_told = false;
+        // Input that has waited goes to the guest at once.
+        self.resumed = true;
+        let resumed = self.resume_guest(activity);
+        // Not before, as it takes its time; what the guest prints meanwhile comes behind.
         for at in self.guests_chardevs() {
             self.parts.chardevs[at].output().release();
         }
-        match activity {
-            _ if self.guest_has_ended() => Ok(()),
-            GuestActivity::Running => Ok(self.run_guest()?),
-            GuestActivity::Paused => {
-                // Those that a departure has ended are looked for by monitors.
-                self.hardware()?.machine.recall_threads()?;
-                self.set_run_state(self.state_before_update);
-                Ok(())
-            }
-        }
+        Ok(resumed?)
     }
 
     fn save_early(&mut self, mode: &ModeInfo, early: &mut FrameWriter) -> Result<(), BoxError> {
@@ -834,10 +879,29 @@ mod tests {
     fn input_that_a_console_has_no_room_for_goes_on_with_it() {
         let end = HostEnd::new().unwrap();
         let mut front_end = FrontEnd { users: vec![User::Console(end, Default::default())], mux: None };
-        assert!(front_end.is_guests_only() && front_end.has_console());
+        assert!(front_end.is_guests_only() && front_end.consoles() == 1);
         let state = FrontEndState { mux: None, users: vec![UserState::Console(b"later".to_vec())] };
         front_end.restore("null:c", state, &FdRegistry::default(), false, None);
         assert!(matches!(&front_end.users[..], [User::Console(_, waiting)] if waiting == b"later"));
+    }
+
+    #[test]
+    fn input_for_each_of_two_consoles_goes_on_with_its_own() {
+        let console = || User::Console(HostEnd::new().unwrap(), Default::default());
+        let users = || vec![console(), User::Serial(Default::default()), console()];
+        let mut from = FrontEnd { users: users(), mux: None };
+        from.give_console_input(0, b"first".to_vec());
+        from.give_console_input(1, b"second".to_vec());
+        let mut to = FrontEnd { users: users(), mux: None };
+        // Read here in the meantime.
+        to.give_console_input(1, b", and later".to_vec());
+        for (console, input) in from.console_inputs().into_iter().enumerate() {
+            to.give_console_input(console, input);
+        }
+        assert_eq!(to.console_inputs(), [b"first".to_vec(), b"second, and later".to_vec()]);
+        // Of a console that there is not here.
+        to.give_console_input(2, b"nobody's".to_vec());
+        assert_eq!(to.console_inputs().concat().len(), 22);
     }
 
     #[test]

@@ -1,9 +1,10 @@
 //! Run states, and what moves the machine between them: monitors, the guest, signals.
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use serde::{Deserialize, Serialize};
 use serde_json::json;
+use vmm_core::machine::MachineError;
 use vmm_core::vcpu::VcpuEvent;
 
 use super::App;
@@ -84,6 +85,10 @@ impl Exit {
 }
 
 const PAUSE_TIMEOUT: Duration = Duration::from_secs(5);
+/// How long one attempt to carry out the guest's own reset may hold up monitors.
+const RESET_TIMEOUT: Duration = Duration::from_millis(500);
+/// How long the guest runs on before the next attempt.
+const RESET_AGAIN: Duration = Duration::from_secs(1);
 
 impl App {
     pub(super) fn set_run_state(&mut self, state: RunState) {
@@ -144,6 +149,7 @@ impl App {
                 other => tracing::warn!(?other, "ignored"),
             }
         }
+        self.carry_out_reset();
     }
 
     /// Whether the guest itself brought it about that it must not run again.
@@ -160,8 +166,24 @@ impl App {
         }
         if self.parts.config.no_reboot {
             self.exit.get_or_insert(Exit::GuestReset);
-        } else if let Err(error) = self.reset_machine(true) {
-            self.vcpu_failed(0, &errors::text(error.as_ref()));
+        } else {
+            self.reset_due.get_or_insert_with(Instant::now);
+        }
+    }
+
+    /// Carries out the reset that the guest has asked for, if it has. While a device keeps the machine from stopping, the
+    /// guest runs on, and the reset stays due.
+    pub(super) fn carry_out_reset(&mut self) {
+        if self.reset_due.take().is_none() {
+            return;
+        }
+        let Err(error) = self.reset_machine(true) else { return };
+        match error.downcast_ref() {
+            Some(MachineError::PauseTimedOut { .. } | MachineError::Restless { .. }) => {
+                tracing::warn!(%error, "the guest's reset has to wait");
+                self.reset_due = Some(Instant::now() + RESET_AGAIN);
+            }
+            _ => self.vcpu_failed(0, &errors::text(error.as_ref())),
         }
     }
 
@@ -169,6 +191,7 @@ impl App {
         eprintln!("cpr-vmm: vCPU {vcpu}: {message}");
         if let Err(error) = self.pause_guest(RunState::InternalError, PAUSE_TIMEOUT) {
             tracing::error!(%error, "the other vCPUs did not stop");
+            self.set_run_state(RunState::InternalError);
         }
     }
 
@@ -176,10 +199,17 @@ impl App {
     pub(super) fn reset_machine(&mut self, by_guest: bool) -> anyhow::Result<()> {
         let ran = self.parts.run_state == RunState::Running;
         let failed = self.parts.run_state == RunState::InternalError;
-        let Hardware { ram, machine, .. } = self.hardware()?;
-        if ran {
-            machine.pause(PAUSE_TIMEOUT)?;
+        let machine = &self.hardware()?.machine;
+        if ran || !machine.is_paused() {
+            machine.pause(if by_guest { RESET_TIMEOUT } else { PAUSE_TIMEOUT })?;
         }
+        // What vCPUs have asked for up to here is done by this reset, or cannot be done after it; an end still can.
+        let events: Vec<_> = std::iter::from_fn(|| machine.events().try_recv()).collect();
+        if events.contains(&VcpuEvent::PowerOff) {
+            self.exit.get_or_insert(Exit::GuestPowerOff);
+        }
+        self.reset_due = None;
+        let Hardware { ram, machine, .. } = self.hardware()?;
         // A kernel's zero-initialised data is expected to be zero, as in a machine that was just switched on.
         ram.clear()?;
         let entry = startup::load_kernel(&self.parts.config, ram)?;

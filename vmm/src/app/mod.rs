@@ -139,6 +139,11 @@ pub struct App {
     /// What a paused guest goes back to when an update fails.
     state_before_update: RunState,
     exit: Option<Exit>,
+    /// What the guest had printed and was not sent when its state was saved, for each of its chardevs. Where the state is
+    /// this goes too, and nothing of it is sent here unless the guest goes on here.
+    unsent: BTreeMap<usize, Vec<u8>>,
+    /// When the reset that the guest has asked for is tried, until it is carried out.
+    reset_due: Option<Instant>,
     /// What the update brought that waits for its commit.
     loaded: Loaded,
     /// Resets that happened in the keeper, and that monitors are to hear of.
@@ -171,6 +176,8 @@ impl App {
             stored: None,
             state_before_update: RunState::Prelaunch,
             exit: None,
+            unsent: BTreeMap::new(),
+            reset_due: None,
             loaded: Loaded::default(),
             untold_resets: Vec::new(),
         })
@@ -226,6 +233,9 @@ impl App {
         loop {
             // An end that was asked for together with an update comes first: the next program would not know of it.
             if self.exit.is_none() || self.departed {
+                if self.reset_due.is_some_and(|at| at <= Instant::now()) {
+                    self.carry_out_reset();
+                }
                 self.run_update();
                 self.poll_arrival();
             }
@@ -279,7 +289,10 @@ impl App {
             };
             interests.extend(chardev.interests(at, direction));
         }
-        interests.extend(self.full_consoles().map(|end| Interest::read_forever(end.room(), Token::Room)));
+        if !self.guest_is_away() {
+            // Later it is still readable.
+            interests.extend(self.full_consoles().map(|end| Interest::read_forever(end.room(), Token::Room)));
+        }
         if let Some((keeper, _)) = &self.keeper {
             interests.push(Interest::read(keeper, Token::Keeper));
         }
@@ -290,6 +303,11 @@ impl App {
         if self.resumed {
             return Some(Duration::ZERO);
         }
+        let reset = self.reset_due.map(|at| at.saturating_duration_since(Instant::now()));
+        self.timeout_but_for_resets().into_iter().chain(reset).min()
+    }
+
+    fn timeout_but_for_resets(&self) -> Option<Duration> {
         match (&self.update, &self.keeper) {
             (Some(_), None) => match &self.update_wait {
                 Some(wait) => wait.deadline.map(|at| at.saturating_duration_since(Instant::now())),
@@ -393,6 +411,9 @@ impl App {
         match outcome {
             Outcome::HandedOver => {
                 self.progress.status = Status::Completed;
+                for (&at, unsent) in &self.unsent {
+                    self.parts.chardevs[at].output().release_after(unsent.len());
+                }
                 match self.stored {
                     Some(_) => self.set_run_state(RunState::PostMigrate),
                     None => self.guest_moved_out(),
@@ -513,7 +534,9 @@ impl App {
         let paused =
             self.parts.hardware.as_ref().map(|hardware| hardware.machine.pause(Duration::from_secs(2)));
         if let Some(Err(error)) = paused {
-            tracing::warn!(%error, "a vCPU did not stop");
+            tracing::warn!(%error, "the machine did not stop");
+            // To take it apart would be to wait for what holds it up.
+            std::mem::forget(self.parts.hardware.take());
         }
         self.emit_shutdown(exit);
         self.deliver_events();

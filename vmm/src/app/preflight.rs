@@ -17,9 +17,9 @@ use vmm_core::machine::Machine;
 use vmm_core::state::{PlatformState, SerialState, VcpuState, VmState};
 use vmm_core::virtio::Backing;
 
-use super::App;
 use super::device_shape::{DeviceShape, DevicesSection};
 use super::host::{ConsoleLine, EarlyState, MachineSection, OutsideSection, SerialInput};
+use super::{App, FrontEnd};
 use crate::chardev;
 use crate::cli::config::{Config, DeviceConfig, Incoming, MemoryBackend, MemoryConfig};
 use crate::cli::{self, Invocation};
@@ -198,11 +198,9 @@ impl App {
         for (instance, (name, versions)) in machine.map(Machine::device_sections).unwrap_or_default() {
             manifest = manifest.section(name, instance, versions);
         }
-        let consoles = self.parts.front_ends.iter().filter(|front_end| front_end.has_console());
+        let consoles = self.parts.front_ends.iter().map(FrontEnd::consoles).sum();
         let (name, versions) = row::<ConsoleLine>();
-        consoles
-            .zip(0..)
-            .fold(manifest, |manifest, (_, instance)| manifest.section(name, instance, versions.clone()))
+        (0..consoles).fold(manifest, |manifest, instance| manifest.section(name, instance, versions.clone()))
     }
 }
 

@@ -60,9 +60,11 @@ impl App {
         let Some(stored) = &self.stored else { return Err(QmpError::generic(GONE)) };
         stored.take_back().map_err(|error| failed(&error))?;
         self.stored = None;
-        if let Some(at) = self.serial_chardev() {
-            self.parts.chardevs[at].output().release();
+        for (at, unsent) in std::mem::take(&mut self.unsent) {
+            self.parts.chardevs[at].output().write_first(&unsent);
         }
+        // Input that has waited goes to the guest now.
+        self.resumed = true;
         self.run_guest().map_err(|error| failed(error.as_ref()))
     }
 

@@ -78,3 +78,47 @@ fn a_loop_that_has_sent_everything_has_nothing_to_do() {
     events.set_interests(chardev.interests(0, Direction::Both)).unwrap();
     assert!(events.wait(Some(Duration::ZERO)).unwrap().is_empty());
 }
+
+fn output() -> (Output, UnixStream) {
+    let (ours, peer) = UnixStream::pair().unwrap();
+    peer.set_nonblocking(true).unwrap();
+    let output = Output::default();
+    output.connect(Sink::Socket(Arc::new(ours.into())), Vec::new());
+    (output, peer)
+}
+
+fn received(mut peer: &UnixStream) -> String {
+    let mut bytes = [0; 64];
+    match peer.read(&mut bytes) {
+        Ok(count) => String::from_utf8_lossy(&bytes[..count]).into_owned(),
+        Err(error) => error.kind().to_string(),
+    }
+}
+
+#[test]
+fn what_went_along_with_a_guest_is_not_sent_and_comes_back_with_it() {
+    let (output, peer) = output();
+    output.lock().pending.extend(b"guest");
+    assert_eq!(output.hold(), b"guest");
+    output.write(b"monitor");
+    assert_eq!(received(&peer), io::ErrorKind::WouldBlock.to_string());
+    output.release_after(5);
+    assert_eq!(received(&peer), "monitor");
+    output.write_first(b"guest");
+    assert_eq!(received(&peer), "guest");
+    // One that was connected anew meanwhile has nothing of it.
+    output.lock().pending.extend(b"new");
+    output.release_after(5);
+    assert_eq!(received(&peer), "new");
+}
+
+#[test]
+fn what_came_with_a_guest_is_sent_at_its_release_and_before_the_rest() {
+    let (output, peer) = output();
+    output.hold();
+    output.write_first(b"before, ");
+    output.write(b"after");
+    assert_eq!(received(&peer), io::ErrorKind::WouldBlock.to_string());
+    output.release();
+    assert_eq!(received(&peer), "before, after");
+}

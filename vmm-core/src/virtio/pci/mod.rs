@@ -35,7 +35,7 @@ use self::notify::Doorbells;
 use self::signals::Signals;
 use self::transport::Transport;
 use super::{Backing, Drained, SectionVersions, VirtioDevice, Watch, WatchToken};
-use crate::pci::{Endpoint, Function, FunctionState, Hypervisor, Identity, MsixLayout, WINDOW};
+use crate::pci::{ConfigSpace, Endpoint, Function, FunctionState, Hypervisor, Identity, MsixLayout, WINDOW};
 
 pub use self::state::{QueueState, VirtioState, VirtioStateError, WindowState};
 
@@ -104,6 +104,8 @@ pub struct VirtioPci {
     window: usize,
     signals: Arc<Signals>,
     doorbells: Doorbells,
+    /// See [`sections`](Self::sections).
+    sections: Option<Vec<SectionVersions>>,
     transport: Mutex<Transport>,
     /// What the device watches may have changed by the doing of somebody else than the thread that watches.
     changed: AtomicBool,
@@ -116,7 +118,7 @@ impl VirtioPci {
     /// # Errors
     /// The device has an impossible shape.
     pub(crate) fn new(
-        device: Box<dyn VirtioDevice>,
+        mut device: Box<dyn VirtioDevice>,
         withheld: u64,
         address: u64,
         memory: GuestMemoryMmap,
@@ -148,12 +150,16 @@ impl VirtioPci {
                 window = capabilities::add(config);
             },
         );
+        let transport = [state::versions::<FunctionState>(), state::versions::<VirtioState>()];
+        let sections =
+            device.persistent().map(|device| transport.into_iter().chain(device.sections()).collect());
         let signals = Arc::new(Signals::new(endpoint.msix().clone(), sizes.len()));
         Ok(Self {
             window,
             doorbells: Doorbells::new(sizes.len(), hypervisor.clone()).map_err(ShapeError::EventFd)?,
             transport: Mutex::new(Transport::new(device, withheld, memory, signals.clone())?),
             signals,
+            sections,
             endpoint,
             changed: AtomicBool::new(false),
             bell,
@@ -227,11 +233,9 @@ impl VirtioPci {
         self.doorbells.follow(|| self.endpoint.memory());
     }
 
-    /// The sections that [`save`](Self::save) writes; `None` if the device cannot be saved.
-    pub fn sections(&self) -> Option<Vec<SectionVersions>> {
-        let own = self.lock().persistent()?.sections();
-        let transport = [state::versions::<FunctionState>(), state::versions::<VirtioState>()];
-        Some(transport.into_iter().chain(own).collect())
+    /// The sections that [`save`](Self::save) writes; `None` if the device cannot be saved. Waits for no device.
+    pub fn sections(&self) -> Option<&[SectionVersions]> {
+        self.sections.as_deref()
     }
 
     /// What is behind the device on the host, if its next process has to find the same.
@@ -286,8 +290,15 @@ impl Function for VirtioPci {
     }
 
     fn write_config(&self, offset: usize, data: &[u8]) {
+        let is_master = || self.endpoint.with_config(ConfigSpace::is_bus_master);
+        let was_master = is_master();
         self.endpoint.write_config(offset, data);
         self.follow();
+        // A kernel that starts another one leaves devices to it as they are, but for this.
+        if was_master && !is_master() {
+            self.lock().leave_memory_alone();
+            self.change();
+        }
         let target =
             self.endpoint.with_config(|config| capabilities::access(config, self.window, offset, data.len()));
         if let Some(target) = target {

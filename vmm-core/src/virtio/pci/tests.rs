@@ -233,6 +233,40 @@ fn a_driver_is_served_and_interrupted() {
 }
 
 #[test]
+fn a_device_that_is_no_bus_master_any_more_leaves_memory_alone() {
+    let board = Board::new();
+    let bar = board.up();
+    board.remote.slow.store(true, Ordering::SeqCst);
+    offer(&board.memory, 1);
+    bar.write(0x3000, &0u16.to_le_bytes());
+    board.serve();
+    // Bits beside it are nobody's business.
+    board.set_config(4, &[6, 4]);
+    assert_eq!((bar.status(), board.remote.reset.load(Ordering::SeqCst)), (0x0f, 0));
+    board.set_config(4, &[2, 4]);
+    assert_eq!((bar.status(), board.remote.reset.load(Ordering::SeqCst)), (0x0b, 1));
+    board.device.fd_ready(7);
+    board.device.rung(0);
+    assert_eq!(used(&board.memory), 0, "what was under way is given back to nobody");
+    // It is saved so, and another driver has it by a reset.
+    let next = Board::in_memory(Loopback::new(), board.memory.clone());
+    next.device.load(&mut Frame::parse(&board.save()).unwrap(), SLOT.into()).unwrap();
+    assert_eq!(next.save(), board.save());
+    board.set_config(4, &[6, 0]);
+    board.remote.slow.store(false, Ordering::SeqCst);
+    bar.write(0x14, &[0]);
+    bring_up(&bar);
+    assert_eq!(bar.status(), 0x0f);
+}
+
+#[test]
+fn sections_are_told_while_the_device_is_at_work() {
+    let board = Board::new();
+    let _at_work = board.device.lock();
+    assert_eq!(board.device.sections().map(<[_]>::len), Some(3));
+}
+
+#[test]
 fn a_masked_vector_remembers() {
     let board = Board::new();
     let bar = board.up();
@@ -585,7 +619,7 @@ fn a_device_without_an_answer_cannot_be_saved() {
     let board = Board::with((loopback, remote));
     assert!(board.device.sections().is_none());
     assert!(board.device.save(&mut FrameWriter::default(), 3).is_err());
-    let names: Vec<_> = Board::new().device.sections().unwrap().into_iter().map(|(name, _)| name).collect();
+    let names: Vec<_> = Board::new().device.sections().unwrap().iter().map(|(name, _)| *name).collect();
     assert_eq!(names, ["pci/function", "virtio/transport", "test/loopback"]);
 }
 

@@ -247,6 +247,15 @@ impl Transport {
         self.signals.reset();
     }
 
+    /// The device may not access memory any more, so nothing of it may be under way when this returns. Its driver starts
+    /// it again, if at all, by a reset.
+    pub(super) fn leave_memory_alone(&mut self) {
+        if self.driver.take().is_some() {
+            self.device.reset();
+            self.status &= !status::DRIVER_OK;
+        }
+    }
+
     // Working.
 
     /// Has the device do something for its driver, if there is one.
