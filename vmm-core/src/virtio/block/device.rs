@@ -1,5 +1,6 @@
 //! The device.
 
+use std::collections::VecDeque;
 use std::io;
 use std::sync::atomic::Ordering;
 
@@ -19,15 +20,24 @@ use vm_memory::{Bytes, GuestAddress};
 
 use super::config::{ConfigSpace, WRITEBACK};
 use super::engine::Engine;
-use super::request::{Action, Disk, Request, Status};
+use super::request::{Action, Disk, MAX_REQUEST_LEN, Request, Status};
 use super::state::BlockState;
 use crate::block::{Cache, Image};
+use crate::virtio::requests::AnotherTurn;
 use crate::virtio::{
     Broken, Class, Direction, Drained, Driver, Persistent, SectionVersions, VirtioDevice, Watch, WatchToken,
 };
 
 /// The most queues that a disk can have.
 pub const MAX_QUEUES: u16 = 64;
+
+/// The most requests of a queue that are taken before it is somebody else's turn. Not each of them is one for the engine.
+const BURST: usize = 256;
+/// Bytes under way from which on nothing more is started, so that a stop waits for so many and one request more.
+const MOST_BYTES: u64 = MAX_REQUEST_LEN;
+
+const ENGINE: WatchToken = 0;
+const ANOTHER_TURN: WatchToken = 1;
 
 /// Who does the requests, in the terms of QEMU's `aio=`.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
@@ -90,6 +100,14 @@ pub enum BlockError {
         /// The size.
         found: u16,
     },
+    /// No eventfd could be made.
+    #[error("drive {id}: cannot make an eventfd")]
+    EventFd {
+        /// The drive.
+        id: String,
+        /// The cause.
+        source: io::Error,
+    },
     /// The disk that arrives with an update is another one than this.
     #[error("drive {id}: the guest has a disk with {what} {before}, by this command line it is {now}")]
     Other {
@@ -111,6 +129,8 @@ struct Task {
     head: u16,
     status: GuestAddress,
     written: u32,
+    /// Of the image, that it reads or changes.
+    bytes: u64,
     purpose: Purpose,
     /// It is to be on the disk when it is done.
     durable: bool,
@@ -147,8 +167,11 @@ pub struct Block {
     writeback: bool,
     /// Nothing new is started.
     draining: bool,
-    /// Queues were left before they were empty, because there was no room.
-    behind: bool,
+    /// Queues that were left before they were empty: there was no room, or it was others' turn.
+    waiting: VecDeque<usize>,
+    another_turn: AnotherTurn,
+    /// Of the requests under way.
+    bytes: u64,
     /// Queues that something was given back to, and whose driver was not told yet.
     unsignalled: Vec<bool>,
 }
@@ -170,6 +193,8 @@ impl Block {
         if !(4..=1024).contains(&queue_size) || !queue_size.is_power_of_two() {
             return Err(BlockError::QueueSize { id, found: queue_size });
         }
+        let another_turn =
+            AnotherTurn::new().map_err(|source| BlockError::EventFd { id: id.clone(), source })?;
         Ok(Self {
             engine: match aio {
                 Aio::IoUring => Engine::ring(&id),
@@ -182,7 +207,9 @@ impl Block {
             queues,
             queue_size,
             draining: false,
-            behind: false,
+            waiting: VecDeque::new(),
+            another_turn,
+            bytes: 0,
             unsignalled: vec![false; queues.into()],
         })
     }
@@ -207,37 +234,42 @@ impl Block {
         self.image.config().cache != Cache::Unsafe && !(self.writeback && driver.has(VIRTIO_BLK_F_FLUSH))
     }
 
-    /// Takes everything out of a queue, as far as there is room.
+    /// Takes requests out of a queue, as far as there is room and for one turn.
     fn serve(&mut self, driver: &mut Driver, queue: usize) -> Result<(), Broken> {
         let broken = |error| Broken::queue(queue, error);
         if self.draining || !driver.queues.get(queue).is_some_and(QueueT::ready) {
             return Ok(());
         }
-        loop {
-            driver.queues[queue].disable_notification(&driver.memory).map_err(broken)?;
-            let begun = self.begin(driver, queue);
-            // Also what stood before a chain that is none.
-            self.submit()?;
-            begun?;
-            self.finish(driver)?;
-            if self.engine.is_full() {
-                self.behind = true;
-                return Ok(());
-            }
-            if !driver.queues[queue].enable_notification(&driver.memory).map_err(broken)? {
-                return Ok(());
-            }
+        driver.queues[queue].disable_notification(&driver.memory).map_err(broken)?;
+        let begun = self.begin(driver, queue);
+        // Also what stood before a chain that is none.
+        self.submit()?;
+        let is_empty = begun?;
+        self.finish(driver)?;
+        // The driver may have added one before it saw that it is to tell.
+        let has_more =
+            !is_empty || driver.queues[queue].enable_notification(&driver.memory).map_err(broken)?;
+        if has_more && !self.waiting.contains(&queue) {
+            self.waiting.push_back(queue);
         }
+        Ok(())
+    }
+
+    fn has_room(&self) -> bool {
+        !self.engine.is_full() && self.bytes < MOST_BYTES
     }
 
     fn submit(&mut self) -> Result<(), Broken> {
         self.engine.submit().map_err(|error| Broken::new(format_args!("io_uring_enter: {error}")))
     }
 
-    /// Starts the requests of a queue until there is none, or no room.
-    fn begin(&mut self, driver: &mut Driver, queue: usize) -> Result<(), Broken> {
-        while !self.engine.is_full() {
-            let Some(request) = take(driver, queue)? else { break };
+    /// Starts the requests of a queue until there is none, no room, or it is others' turn. Tells whether there is none.
+    fn begin(&mut self, driver: &mut Driver, queue: usize) -> Result<bool, Broken> {
+        for _ in 0..BURST {
+            if !self.has_room() {
+                return Ok(false);
+            }
+            let Some(request) = take(driver, queue)? else { return Ok(true) };
             let disk = Disk {
                 sectors: self.sectors,
                 read_only: self.image.config().read_only,
@@ -250,16 +282,21 @@ impl Block {
                 head: request.head,
                 status: request.status,
                 written: request.written,
+                bytes: 0,
                 purpose: Purpose::Alone,
                 durable: self.is_durable(driver),
             };
             let next = match action {
-                Ok(action) => self.first(&mut task, action),
+                Ok(action) => {
+                    task.bytes = action.bytes();
+                    self.first(&mut task, action)
+                }
                 Err(status) => Next::Over(status),
             };
+            self.bytes += task.bytes;
             self.go_on(driver, task, next)?;
         }
-        Ok(())
+        Ok(false)
     }
 
     /// The first operation of a task.
@@ -309,7 +346,8 @@ impl Block {
                 Ok(())
             }
             Next::Over(status) => {
-                let Task { queue, head, written, .. } = task;
+                let Task { queue, head, written, bytes, .. } = task;
+                self.bytes -= bytes;
                 let told = driver.memory.write_obj(status as u8, task.status);
                 told.map_err(|error| Broken::queue(queue, error))?;
                 self.unsignalled[queue] = true;
@@ -448,7 +486,8 @@ impl VirtioDevice for Block {
             self.engine = Engine::caller();
         }
         self.writeback = starts_with_cache(&self.image);
-        (self.draining, self.behind) = (false, false);
+        (self.draining, self.bytes) = (false, 0);
+        self.waiting.clear();
         self.unsignalled.fill(false);
     }
 
@@ -457,19 +496,21 @@ impl VirtioDevice for Block {
     }
 
     fn watches(&self) -> Vec<Watch<'_>> {
-        let watch = |fd| Watch { fd, token: 0, direction: Direction::Read };
-        self.engine.event().map(watch).into_iter().collect()
+        let turn = !self.draining && !self.waiting.is_empty() && self.has_room();
+        let turn = turn.then(|| self.another_turn.watch(ANOTHER_TURN));
+        let engine = self.engine.event().map(|fd| Watch { fd, token: ENGINE, direction: Direction::Read });
+        turn.into_iter().chain(engine).collect()
     }
 
-    fn fd_ready(&mut self, driver: &mut Driver, _token: WatchToken) -> Result<(), Broken> {
-        self.engine.drain_event().map_err(Broken::new)?;
-        self.finish(driver)?;
-        if std::mem::take(&mut self.behind) {
-            for queue in 0..driver.queues.len() {
-                self.serve(driver, queue)?;
-            }
+    fn fd_ready(&mut self, driver: &mut Driver, token: WatchToken) -> Result<(), Broken> {
+        if token == ENGINE {
+            self.engine.drain_event().map_err(Broken::new)?;
         }
-        Ok(())
+        self.finish(driver)?;
+        match self.waiting.pop_front() {
+            Some(queue) => self.serve(driver, queue),
+            None => Ok(()),
+        }
     }
 
     fn drain(&mut self, driver: &mut Driver) -> Result<Drained, Broken> {
@@ -479,9 +520,12 @@ impl VirtioDevice for Block {
     }
 
     fn resume(&mut self) {
-        (self.draining, self.behind) = (false, false);
+        self.draining = false;
+        // Every queue is offered.
+        self.waiting.clear();
         if self.engine.is_left_behind() {
             self.engine = Engine::ring(&self.image.config().id);
+            self.bytes = 0;
         }
     }
 
@@ -561,7 +605,7 @@ mod tests {
     }
 
     fn task(purpose: Purpose) -> Task {
-        Task { queue: 0, head: 0, status: GuestAddress(0), written: 1, purpose, durable: true }
+        Task { queue: 0, head: 0, status: GuestAddress(0), written: 1, bytes: 0, purpose, durable: true }
     }
 
     #[test]

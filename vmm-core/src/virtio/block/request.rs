@@ -23,6 +23,10 @@ const HEADER_LEN: usize = 16;
 /// The longest chain, as in QEMU (`VIRTQUEUE_MAX_SIZE`): an indirect table could have far more descriptors than a queue.
 const MAX_DESCRIPTORS: usize = 1024;
 
+/// The most bytes of one request. More than any driver asks for; what is under way cannot be stopped, so that it has to be
+/// little enough to be waited for.
+pub(super) const MAX_REQUEST_LEN: u64 = 64 << 20;
+
 /// How a request ended, as its driver is told.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[repr(u8)]
@@ -65,6 +69,18 @@ pub(super) enum Action {
         len: u64,
         unmap: bool,
     },
+}
+
+impl Action {
+    /// Bytes of the image that it reads or changes.
+    pub(super) fn bytes(&self) -> u64 {
+        match self {
+            Self::Nothing | Self::Flush => 0,
+            Self::Read { into, .. } => into.len() as u64,
+            Self::Write { from, .. } => from.len() as u64,
+            Self::Discard { len, .. } | Self::WriteZeroes { len, .. } => *len,
+        }
+    }
 }
 
 type Range = (GuestAddress, usize);
@@ -216,6 +232,9 @@ impl Disk<'_> {
 }
 
 fn buffers(memory: &GuestMemoryMmap, ranges: &[Range]) -> Result<GuestBuffers, Status> {
+    if ranges.iter().map(|(_, len)| *len as u64).sum::<u64>() > MAX_REQUEST_LEN {
+        return Err(Status::Failed);
+    }
     GuestBuffers::new(memory, ranges.iter().copied()).map_err(|_| Status::Failed)
 }
 
