@@ -165,6 +165,8 @@ pub struct Block {
     sectors: u64,
     /// The write cache is on, as far as the driver can flush it.
     writeback: bool,
+    /// The host failed to write something back: the kernel has told so once, and says of later attempts that all is well.
+    inconsistent: bool,
     /// Nothing new is started.
     draining: bool,
     /// Queues that were left before they were empty: there was no room, or it was others' turn.
@@ -206,6 +208,7 @@ impl Block {
             serial,
             queues,
             queue_size,
+            inconsistent: false,
             draining: false,
             waiting: VecDeque::new(),
             another_turn,
@@ -309,7 +312,7 @@ impl Block {
             Action::Flush if config.cache == Cache::Unsafe || config.read_only => {
                 return Next::Over(Status::Ok);
             }
-            Action::Flush => Operation::Sync,
+            Action::Flush => return self.sync(),
             Action::Discard { len, .. } if len == 0 || !config.unmap => return Next::Over(Status::Ok),
             Action::Discard { offset, len } => {
                 task.purpose = Purpose::Discard;
@@ -322,6 +325,11 @@ impl Block {
                 Operation::Allocate { how, offset, len }
             }
         })
+    }
+
+    /// Has what was written be on the disk, if that can still be known.
+    fn sync(&self) -> Next {
+        if self.inconsistent { Next::Over(Status::Failed) } else { Next::Do(Operation::Sync) }
     }
 
     /// Turns to every operation that is over, and tells the driver.
@@ -357,7 +365,7 @@ impl Block {
     }
 
     /// What follows an operation.
-    fn next(&self, task: &mut Task, operation: Operation, result: io::Result<usize>) -> Next {
+    fn next(&mut self, task: &mut Task, operation: Operation, result: io::Result<usize>) -> Next {
         let done = match result {
             Ok(done) => done,
             Err(error) if is_passing(&error) => return Next::Do(operation),
@@ -386,13 +394,15 @@ impl Block {
                     _ => Next::Over(Status::Ok),
                 }
             }
-            Operation::Allocate { .. } if task.durable => Next::Do(Operation::Sync),
+            Operation::Allocate { .. } if task.durable => self.sync(),
+            // The error was told to another one that was under way.
+            Operation::Sync if self.inconsistent => Next::Over(Status::Failed),
             Operation::Allocate { .. } | Operation::Sync => Next::Over(Status::Ok),
         }
     }
 
     /// What follows an operation that failed.
-    fn instead(&self, task: &Task, operation: &Operation, error: &io::Error) -> Next {
+    fn instead(&mut self, task: &Task, operation: &Operation, error: &io::Error) -> Next {
         match (task.purpose, operation) {
             (Purpose::Discard, Operation::Allocate { .. }) if is_unsupported(error) => Next::Over(Status::Ok),
             (Purpose::Zeros { end }, Operation::Allocate { offset, .. }) if is_unsupported(error) => {
@@ -401,6 +411,7 @@ impl Block {
             _ => {
                 let image = self.image.path().display();
                 tracing::warn!(drive = self.image.config().id, %image, %error, "a request of the guest failed");
+                self.inconsistent |= is_lost(operation, error);
                 Next::Over(Status::Failed)
             }
         }
@@ -423,6 +434,15 @@ fn take(driver: &mut Driver, queue: usize) -> Result<Option<Request>, Broken> {
     let chain = queue.iter(memory).map_err(broken)?.next();
     let chain = chain.ok_or_else(|| Broken::queue(index, "the available ring cannot be read"))?;
     Request::parse(memory, chain).map(Some).map_err(|error| Broken::queue(index, error))
+}
+
+/// Whether the kernel may have dropped something that was written before, and not by this operation alone.
+fn is_lost(operation: &Operation, error: &io::Error) -> bool {
+    match operation {
+        Operation::Sync => true,
+        Operation::Write { durable: true, .. } => error.raw_os_error() == Some(libc::EIO),
+        _ => false,
+    }
 }
 
 /// It was interrupted, or ended with the thread that had submitted it. Nothing was told to the guest, so it is done again.
@@ -550,6 +570,7 @@ impl Persistent for Block {
             queue_size: self.queue_size,
             sectors: self.sectors,
             writeback: self.writeback,
+            inconsistent: self.inconsistent,
         };
         Ok(main.put_section(instance, &state)?)
     }
@@ -571,6 +592,7 @@ impl Persistent for Block {
         self.image.check_room(state.sectors)?;
         self.sectors = state.sectors;
         self.writeback = state.writeback;
+        self.inconsistent = state.inconsistent;
         Ok(())
     }
 }
@@ -640,8 +662,43 @@ mod tests {
     }
 
     #[test]
+    fn a_flush_that_failed_is_not_forgotten() {
+        let failed = |code| Err(io::Error::from_raw_os_error(code));
+        let write = |durable| Operation::Write { offset: 0, from: Source::zeros(512), durable };
+        for (operation, code, lost) in [
+            (Operation::Sync, libc::EIO, true),
+            (Operation::Sync, libc::ENOSPC, true),
+            (Operation::Sync, libc::EINTR, false),
+            (write(true), libc::EIO, true),
+            (write(true), libc::ENOSPC, false),
+            (write(false), libc::EIO, false),
+        ] {
+            let told = format!("{operation:?} {code}");
+            let mut old = block(Cache::Writeback);
+            let _ = old.next(&mut task(Purpose::Alone), operation, failed(code));
+            let check = |block: &mut Block| {
+                let flush = block.first(&mut task(Purpose::Alone), Action::Flush);
+                assert_eq!(matches!(flush, Next::Over(Status::Failed)), lost, "{told}");
+                let under_way = block.next(&mut task(Purpose::Alone), Operation::Sync, Ok(0));
+                assert_eq!(matches!(under_way, Next::Over(Status::Failed)), lost, "{told}");
+                let discard = Operation::Allocate { how: Allocation::Hole, offset: 0, len: 512 };
+                let durable = block.next(&mut task(Purpose::Discard), discard, Ok(0));
+                assert_eq!(matches!(durable, Next::Over(Status::Failed)), lost, "{told}");
+            };
+            check(&mut old);
+            // Neither a new driver nor a new program makes it good.
+            old.reset();
+            let mut writer = FrameWriter::default();
+            old.save(&mut writer, 0).unwrap();
+            let mut new = block(Cache::Writeback);
+            new.load(&mut Frame::parse(&writer.finish(1)).unwrap(), 0).unwrap();
+            check(&mut new);
+        }
+    }
+
+    #[test]
     fn zeros_are_written_where_a_range_cannot_be_zeroed() {
-        let block = block(Cache::Writeback);
+        let mut block = block(Cache::Writeback);
         let (start, len) = (512, 100 << 20);
         let mut task = task(Purpose::Alone);
         let first = block.first(&mut task, Action::WriteZeroes { offset: start, len, unmap: false });
@@ -666,11 +723,11 @@ mod tests {
 
     #[test]
     fn errors_are_those_of_the_request() {
-        let block = block(Cache::Writeback);
+        let mut block = block(Cache::Writeback);
         let failed = |code| Err(io::Error::from_raw_os_error(code));
         let write = || Operation::Write { offset: 0, from: Source::zeros(512), durable: false };
         let hole = || Operation::Allocate { how: Allocation::Hole, offset: 0, len: 512 };
-        let next = |purpose, operation, result| block.next(&mut task(purpose), operation, result);
+        let mut next = |purpose, operation, result| block.next(&mut task(purpose), operation, result);
         for code in [libc::ENOSPC, libc::EIO, libc::EOPNOTSUPP] {
             assert!(matches!(next(Purpose::Alone, write(), failed(code)), Next::Over(Status::Failed)));
         }
@@ -691,7 +748,7 @@ mod tests {
 
     #[test]
     fn what_was_read_in_part_is_read_on() {
-        let (block, memory) = (block(Cache::Writeback), memory());
+        let (mut block, memory) = (block(Cache::Writeback), memory());
         memory.write_slice(&[7; 0x1000], GuestAddress(0)).unwrap();
         let into = GuestBuffers::new(&memory, [(GuestAddress(0x100), 1024)]).unwrap();
         let read = Operation::Read { offset: 512, into };
