@@ -1,6 +1,7 @@
 //! The device.
 
 use std::collections::VecDeque;
+use std::fmt;
 use std::io;
 use std::sync::atomic::Ordering;
 
@@ -539,6 +540,23 @@ impl VirtioDevice for Block {
         Ok(if self.engine.in_flight() == 0 { Drained::AtRest } else { Drained::UnderWay })
     }
 
+    fn settle_on_host(&mut self) -> Result<(), BoxError> {
+        let config = self.image.config();
+        if config.read_only {
+            return Ok(());
+        }
+        let fail = |reason: fmt::Arguments<'_>| {
+            format!("drive {}: {} cannot be written back: {reason}", config.id, config.path.display())
+        };
+        if self.inconsistent {
+            return Err(fail(format_args!("an earlier attempt has failed, and data may be lost")).into());
+        }
+        self.image.fd().sync_data().map_err(|error| {
+            self.inconsistent = true;
+            fail(format_args!("{error}")).into()
+        })
+    }
+
     fn resume(&mut self) {
         self.draining = false;
         // Every queue is offered.
@@ -694,6 +712,19 @@ mod tests {
             new.load(&mut Frame::parse(&writer.finish(1)).unwrap(), 0).unwrap();
             check(&mut new);
         }
+    }
+
+    #[test]
+    fn what_was_lost_does_not_settle() {
+        let mut block = block(Cache::Unsafe);
+        block.settle_on_host().unwrap();
+        block.inconsistent = true;
+        let error = block.settle_on_host().unwrap_err().to_string();
+        assert!(error.starts_with("drive disk0: /"), "{error}");
+        assert!(
+            error.ends_with("cannot be written back: an earlier attempt has failed, and data may be lost"),
+            "{error}"
+        );
     }
 
     #[test]
