@@ -83,7 +83,7 @@ impl StateFile {
         }
         let mut state =
             StateFile { path: path.to_owned(), file, section, early, main_at, chunks_at, once: false };
-        state.once = state.stays_outside() || state.last_word()? != UNUSED;
+        state.once = state.stays_outside() || [ONCE, USED].contains(&state.last_word()?);
         if state.once {
             if let Some(source) = cannot_write {
                 return Err(FileError::Mark { path: path.to_owned(), source });

@@ -440,7 +440,7 @@ fn take(driver: &mut Driver, queue: usize) -> Result<Option<Request>, Broken> {
 /// Whether the kernel may have dropped something that was written before, and not by this operation alone.
 fn is_lost(operation: &Operation, error: &io::Error) -> bool {
     match operation {
-        Operation::Sync => true,
+        Operation::Sync => !is_passing(error),
         Operation::Write { durable: true, .. } => error.raw_os_error() == Some(libc::EIO),
         _ => false,
     }
@@ -501,7 +501,11 @@ impl VirtioDevice for Block {
     }
 
     fn reset(&mut self) {
-        if let Err(error) = self.engine.settle() {
+        let inconsistent = &mut self.inconsistent;
+        let settled = self.engine.settle(|Completion { operation, result, .. }| {
+            *inconsistent |= result.is_err_and(|error| is_lost(&operation, &error));
+        });
+        if let Err(error) = settled {
             // Dropped, the ring keeps the memory that the kernel may still write to.
             tracing::error!(drive = self.image.config().id, %error, "io_uring does not answer any more");
             self.engine = Engine::caller();
