@@ -24,7 +24,9 @@ pub(crate) const END: u32 = u32::MAX;
 pub const USE_LEN: u64 = 8;
 /// The word of a file that no program has gone on from.
 pub(crate) const UNUSED: [u8; 8] = [0; 8];
-/// The word of a file whose guest has run on, in RAM that is not in the file.
+/// The word of the same, if what is outside of the file goes on with the guest, such as disks.
+pub(crate) const ONCE: [u8; 8] = *b"CPR-ONCE";
+/// The word of a file whose guest has run on, and has changed what is outside of the file.
 pub(crate) const USED: [u8; 8] = *b"CPR-USED";
 
 /// Version 1 of [`FILE_SECTION`].
@@ -140,9 +142,9 @@ pub enum FileError {
         /// The mode.
         mode: String,
     },
-    /// RAM stays outside of the file, and the guest has run in it since.
+    /// RAM or disks are outside of the file, and the guest has changed them since.
     #[error(
-        "state file '{}' was used already: the guest has run on since, in the RAM that the file belongs to",
+        "state file '{}' was used already: the guest has run on since, with the RAM or the disks that the file belongs to",
         path.display()
     )]
     Used {
@@ -155,7 +157,7 @@ pub enum FileError {
         /// The file.
         path: PathBuf,
     },
-    /// RAM stays outside of the file, and the file could not be marked as used.
+    /// RAM or disks are outside of the file, and the file could not be marked as used.
     #[error("state file '{}' has to be marked when the guest runs on, and cannot be written: {source}", path.display())]
     Mark {
         /// The file.

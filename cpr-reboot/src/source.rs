@@ -14,7 +14,7 @@ use cpr_core::frame::to_body;
 use cpr_core::{Attempt, CprMode, HandOver, ModeId, Prepared, Properties, Stamp, StateWriter, Wait};
 use oslib::storage::{AtomicFile, is_volatile};
 
-use crate::layout::{FILE_SECTION, FileError, FileSection, KeptWire, RegionWire, UNUSED, USED};
+use crate::layout::{FILE_SECTION, FileError, FileSection, KeptWire, ONCE, RegionWire, UNUSED, USED};
 use crate::ram::{Kept, Memory, RamStream};
 use crate::{MODE, properties};
 
@@ -60,6 +60,7 @@ pub struct CprReboot {
     path: PathBuf,
     offset: u64,
     in_place: bool,
+    once: bool,
     memory: Vec<Memory>,
     out: Option<AtomicFile>,
     stream: Option<RamStream>,
@@ -74,11 +75,19 @@ impl CprReboot {
             path: path.into(),
             offset,
             in_place,
+            once: in_place,
             memory,
             out: None,
             stream: None,
             stored: Stored::default(),
         }
+    }
+
+    /// Something that is outside of the file goes on with the guest, such as disks: the file can be used once, as it can if RAM
+    /// is.
+    pub fn used_once(mut self) -> CprReboot {
+        self.once = true;
+        self
     }
 
     /// What there is to know of the guest once it is in storage.
@@ -139,7 +148,7 @@ impl CprReboot {
             return Err("nothing is being written".into());
         };
         fault::at(Point::Write)?;
-        let written = write_piece(out.file(), stream);
+        let written = write_piece(out.file(), stream, if self.once { ONCE } else { UNUSED });
         if !written.map_err(|source| self.write_error(source))? {
             return Ok(HandOver::Wait(Wait { fds: Vec::new(), deadline: Some(Instant::now()) }));
         }
@@ -149,18 +158,18 @@ impl CprReboot {
         let published =
             self.out.take().map_or_else(|| Err(io::ErrorKind::NotFound.into()), AtomicFile::publish);
         let file = published.map_err(|source| self.write_error(source))?;
-        self.stored.set(&self.path, file, self.in_place);
+        self.stored.set(&self.path, file, self.once);
         attempt.control.timeline().stamp(Stamp::Stored);
         Ok(HandOver::Complete)
     }
 }
 
 /// Writes some of the RAM, or the rest of it and the end of the file. Tells whether that was all.
-fn write_piece(file: &File, stream: &mut RamStream) -> io::Result<bool> {
+fn write_piece(file: &File, stream: &mut RamStream, word: [u8; 8]) -> io::Result<bool> {
     let mut out = BufWriter::with_capacity(64 << 10, file);
     let all = stream.step(&mut out, PIECE)?;
     if all {
-        out.write_all(&UNUSED)?;
+        out.write_all(&word)?;
     }
     out.flush()?;
     // Now rather than all at the end, where nobody could interrupt it.
@@ -238,20 +247,20 @@ pub struct Stored(Arc<Mutex<Option<StoredFile>>>);
 struct StoredFile {
     path: PathBuf,
     file: File,
-    /// RAM is outside of the file.
-    in_place: bool,
+    /// It can be used once.
+    once: bool,
 }
 
 impl Stored {
-    fn set(&self, path: &Path, file: File, in_place: bool) {
-        *self.lock() = Some(StoredFile { path: path.to_owned(), file, in_place });
+    fn set(&self, path: &Path, file: File, once: bool) {
+        *self.lock() = Some(StoredFile { path: path.to_owned(), file, once });
     }
 
     fn lock(&self) -> std::sync::MutexGuard<'_, Option<StoredFile>> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// The program runs the guest again itself. A state file that the RAM is not in is worth nothing from now on, and is
+    /// The program runs the guest again itself. A state file that can be used once is worth nothing from now on, and is
     /// marked so.
     ///
     /// # Errors
@@ -259,7 +268,7 @@ impl Stored {
     /// from running it a second time.
     pub fn take_back(&self) -> Result<(), FileError> {
         let mut stored = self.lock();
-        if let Some(StoredFile { path, file, in_place: true }) = &*stored {
+        if let Some(StoredFile { path, file, once: true }) = &*stored {
             lock(path, file)?;
             let marked = mark_used(path, file);
             let _ = file.unlock();

@@ -14,7 +14,7 @@ use cpr_core::{Arrival, Control, FdRegistry, MainSource, Stamp};
 use serde::Deserialize;
 
 use crate::layout::{
-    END, FILE_SECTION, FileError, FileSection, KeptWire, MAX_CHUNK_LEN, RECORD_LEN, Record, UNUSED,
+    END, FILE_SECTION, FileError, FileSection, KeptWire, MAX_CHUNK_LEN, ONCE, RECORD_LEN, Record, UNUSED,
     UPDATE_SECTION, USE_LEN, USED,
 };
 use crate::source::{STAMPS, lock, mark_used};
@@ -49,10 +49,12 @@ pub struct StateFile {
     early: Frame,
     main_at: u64,
     chunks_at: u64,
+    /// It can be used once: RAM or something else that goes on with the guest is outside of it.
+    once: bool,
 }
 
 impl StateFile {
-    /// Opens the file and checks it, from byte `offset` on. If RAM is outside of it, no other program can use the file until
+    /// Opens the file and checks it, from byte `offset` on. If it can be used once, no other program can use the file until
     /// this is dropped.
     ///
     /// # Errors
@@ -79,8 +81,10 @@ impl StateFile {
         if main.epoch != early.epoch {
             return Err(damaged(path, "its two frames are of different updates"));
         }
-        let state = StateFile { path: path.to_owned(), file, section, early, main_at, chunks_at };
-        if state.stays_outside() {
+        let mut state =
+            StateFile { path: path.to_owned(), file, section, early, main_at, chunks_at, once: false };
+        state.once = state.stays_outside() || [ONCE, USED].contains(&state.last_word()?);
+        if state.once {
             if let Some(source) = cannot_write {
                 return Err(FileError::Mark { path: path.to_owned(), source });
             }
@@ -174,14 +178,14 @@ impl StateFile {
         }
     }
 
-    /// The guest runs on from here: if its RAM is outside of the file, the file is of no use from now on, and is marked so. It
-    /// is never removed.
+    /// The guest runs on from here: if the file can be used once, it is of no use from now on, and is marked so. It is never
+    /// removed.
     ///
     /// # Errors
     /// [`FileError::Mark`].
     pub fn mark_used(&self) -> Result<(), FileError> {
         fault::at(Point::Mark).map_err(injected)?;
-        if self.stays_outside() { mark_used(&self.path, &self.file) } else { Ok(()) }
+        if self.once { mark_used(&self.path, &self.file) } else { Ok(()) }
     }
 
     fn stays_outside(&self) -> bool {
@@ -229,13 +233,20 @@ impl StateFile {
         if len > end {
             return Err(damaged(&self.path, format!("{} bytes follow that do not belong to it", len - end)));
         }
-        let mut word = UNUSED;
-        self.file.read_exact_at(&mut word, at).map_err(|source| self.read_error(source))?;
-        match word {
-            UNUSED => Ok(()),
-            USED if self.stays_outside() => Err(FileError::Used { path: self.path.clone() }),
+        match self.last_word()? {
+            UNUSED | ONCE => Ok(()),
+            USED => Err(FileError::Used { path: self.path.clone() }),
             _ => Err(damaged(&self.path, "its last word is damaged")),
         }
+    }
+
+    /// The last bytes of the file, which are the word of its use unless it is damaged.
+    fn last_word(&self) -> Result<[u8; 8], FileError> {
+        let len = self.file.metadata().map_err(|source| self.read_error(source))?.len();
+        let mut word = UNUSED;
+        let read = self.file.read_exact_at(&mut word, len.saturating_sub(USE_LEN));
+        read.map_err(|source| self.read_error(source))?;
+        Ok(word)
     }
 
     fn record(&self, at: u64) -> Result<Record, FileError> {

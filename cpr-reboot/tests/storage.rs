@@ -223,6 +223,22 @@ fn memory_stays_in_its_file_and_is_used_once() {
 }
 
 #[test]
+fn copied_memory_is_used_once_if_disks_go_on() {
+    let (_dir, path) = place();
+    let store = || store(CprReboot::new(&path, 0, false, copied()).used_once()).unwrap();
+    let stored = store();
+    let (value, memory, state) = go_on(&path, 0).unwrap();
+    assert!(value == 42 && memory == content());
+    assert!(refused(&path).contains("is in use by another program"));
+    drop(state);
+    go_on(&path, 0).unwrap().2.mark_used().unwrap();
+    assert!(refused(&path).contains("was used already"));
+    assert!(stored.take_back().unwrap_err().to_string().contains("was used already"));
+    store().take_back().unwrap();
+    assert!(refused(&path).contains("was used already"));
+}
+
+#[test]
 fn shared_memory_without_a_name_is_refused_where_it_would_stay() {
     let (dir, path) = place();
     let services = Services::default();

@@ -235,6 +235,16 @@ impl Devices {
         Ok(())
     }
 
+    /// Has what the guest has stored outlive the host's kernel.
+    ///
+    /// # Errors
+    /// The device whose data cannot be kept.
+    pub(crate) fn settle_on_host(&self) -> Result<(), MachineError> {
+        self.slots
+            .values()
+            .try_for_each(|slot| slot.virtio.settle_on_host().map_err(|source| slot.error(source)))
+    }
+
     /// Reads it.
     ///
     /// # Errors

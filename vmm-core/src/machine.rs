@@ -416,6 +416,14 @@ impl Machine {
         self.devices.as_ref().map_or(Ok(()), |devices| devices.save(main))
     }
 
+    /// Has what the guest of a paused machine has stored, on disks for example, outlive the host's kernel.
+    ///
+    /// # Errors
+    /// [`MachineError::Device`] with the one that cannot keep it. The machine can run on.
+    pub fn settle_on_host(&self) -> Result<(), MachineError> {
+        self.devices.as_ref().map_or(Ok(()), Devices::settle_on_host)
+    }
+
     /// Gives the PCI bus and the devices of a machine that has not run yet their state.
     ///
     /// # Errors

@@ -334,6 +334,56 @@ fn more_requests_than_a_ring_takes_wait_for_room() {
     assert!(guest.finish().iter().all(|answer| answer.status == 0));
 }
 
+/// A driver that fills its queue as fast as it is emptied keeps nobody else waiting.
+#[test]
+fn a_full_queue_is_served_in_turns() {
+    const SIZE: u16 = 1024;
+    const ASKED: u16 = 600;
+    let (descriptors, available, used, request) = (0x1_0000_u32, 0x2_0000_u32, 0x3_0000_u32, 0x4_0000_u32);
+    for aio in BOTH {
+        let file = image_file(512);
+        let mut guest = Guest::new(BlockConfig { queue_size: SIZE, ..disk(file.path(), 1, aio) });
+        let queue = &mut guest.driver.queues[0];
+        queue.set_desc_table_address(Some(descriptors), None);
+        queue.set_avail_ring_address(Some(available), None);
+        queue.set_used_ring_address(Some(used), None);
+        for (index, address, len, flags, next) in
+            [(0_u64, u64::from(request), 16, 1, 1), (1, u64::from(request) + 16, 21, 2, 0)]
+        {
+            let descriptor: Vec<u8> = [
+                &address.to_le_bytes()[..],
+                &u32::to_le_bytes(len),
+                &u16::to_le_bytes(flags),
+                &u16::to_le_bytes(next),
+            ]
+            .concat();
+            guest.write(u64::from(descriptors) + index * 16, &descriptor);
+        }
+        guest.write(request.into(), &VIRTIO_BLK_T_GET_ID.to_le_bytes());
+        guest.write(u64::from(available) + 2, &ASKED.to_le_bytes());
+        let answered = |guest: &Guest| guest.read(u64::from(used) + 2, 2);
+        guest.kick(0).unwrap();
+        for expected in [256, 512, 600, 600_u16] {
+            assert_eq!(answered(&guest), expected.to_le_bytes(), "{aio:?}");
+            guest.wait(Duration::ZERO);
+        }
+    }
+}
+
+#[test]
+fn a_request_is_no_longer_than_a_stop_may_wait_for() {
+    let file = image_file(1 << 30);
+    let mut guest = Guest::new(disk(file.path(), 1, Aio::Threads));
+    let (header, room, status) = (0x80_0000, 0x40_0000, 0x80_1000);
+    for (pieces, expected) in [(16, 0), (17, FAILED)] {
+        let mut chain = vec![(header, 16, false)];
+        chain.extend(std::iter::repeat_n((room, 4 << 20, true), pieces));
+        chain.push((status, 1, true));
+        guest.put(0, &chain);
+        assert_eq!(guest.finish()[0].status, expected, "{pieces}");
+    }
+}
+
 #[test]
 fn nothing_new_is_started_once_it_drains() {
     for aio in BOTH {

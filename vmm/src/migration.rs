@@ -235,7 +235,7 @@ impl Settings {
     /// # Errors
     /// The mode is none that updates, or has other channels.
     pub fn attempt(&self, request: Request) -> Result<(Box<dyn CprMode>, Option<Stored>), QmpError> {
-        let Request { main, cpr, original_mask, stays, memory } = request;
+        let Request { main, cpr, original_mask, stays, memory, writes_disks } = request;
         match (self.mode.as_str(), cpr) {
             (mode, None) if mode == cpr_exec::MODE.as_str() => {
                 let command = self.cpr_exec_command.iter().map(OsString::from).collect();
@@ -253,7 +253,10 @@ impl Settings {
             }
             (mode, None) if mode == cpr_reboot::MODE.as_str() => {
                 let (path, offset) = storage_channel(main)?;
-                let reboot = CprReboot::new(path, offset, self.ignore_shared, memory);
+                let mut reboot = CprReboot::new(path, offset, self.ignore_shared, memory);
+                if writes_disks {
+                    reboot = reboot.used_once();
+                }
                 let stored = reboot.stored();
                 Ok((Box::new(reboot), Some(stored)))
             }
@@ -320,6 +323,8 @@ pub struct Request {
     pub stays: Vec<String>,
     /// Guest RAM, for storage.
     pub memory: Vec<Memory>,
+    /// Whether the guest can write to images, which storage does not keep as they were.
+    pub writes_disks: bool,
 }
 
 /// The user's channel in the terms of cpr-reboot: a file, and where in it.

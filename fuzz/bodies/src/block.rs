@@ -183,6 +183,7 @@ pub(crate) fn state_seeds() -> Vec<Vec<u8>> {
         queue_size: QUEUE_SIZE,
         sectors: SECTORS,
         writeback: true,
+        inconsistent: false,
     };
     vec![to_body(&state), to_body(&BlockState { sectors: 3, writeback: false, ..state })]
 }

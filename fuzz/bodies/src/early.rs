@@ -280,6 +280,7 @@ fn go_on(state: EarlyState, users: Vec<User>) {
         original_mask: SignalMask::EMPTY,
         stays: Vec::new(),
         memory: Vec::new(),
+        writes_disks: false,
     };
     let _ = settings.attempt(request).map_err(|error| error.to_string());
     find_named_fds(&named_fds, &FdRegistry::default());

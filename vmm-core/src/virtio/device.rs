@@ -166,6 +166,14 @@ pub trait VirtioDevice: Send {
         Ok(Drained::AtRest)
     }
 
+    /// Has everything that the driver has stored be where it outlives the host's kernel. The device is at rest.
+    ///
+    /// # Errors
+    /// It cannot be; the guest goes on here.
+    fn settle_on_host(&mut self) -> Result<(), BoxError> {
+        Ok(())
+    }
+
     /// The guest goes on, here, with everything that [`drain`](Self::drain) left undone: after a stop, a refused update, or in the
     /// target. Queues are offered again by [`queue_ready`](Self::queue_ready) afterwards.
     ///

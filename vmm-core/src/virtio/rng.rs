@@ -6,7 +6,7 @@
 use std::fs::{File, OpenOptions};
 use std::io::{self, Read, Write};
 use std::os::fd::AsFd;
-use std::os::unix::fs::OpenOptionsExt;
+use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
 use std::path::Path;
 
 use cpr_core::error::BoxError;
@@ -44,8 +44,14 @@ impl Source {
     /// Opens a file to read randomness from. It is never waited for: a device of which nothing can be read now is read later.
     ///
     /// # Errors
-    /// Those of open(2).
+    /// Those of open(2), and what is neither a character device nor a pipe: of a regular file every program that opens it, as
+    /// after an update, would give the guest the same bytes again.
     pub fn open(path: &Path) -> io::Result<Source> {
+        let kind = std::fs::metadata(path)?.file_type();
+        if !kind.is_char_device() && !kind.is_fifo() {
+            let reason = "randomness is read from a character device or a pipe alone: another file has the same for everybody";
+            return Err(io::Error::new(io::ErrorKind::InvalidInput, reason));
+        }
         OpenOptions::new().read(true).custom_flags(libc::O_NONBLOCK).open(path).map(Source::File)
     }
 
@@ -251,6 +257,14 @@ mod tests {
         assert_ne!(used[0].bytes, used[1].bytes[..64]);
         assert_eq!(guest.interrupts(REQUESTS), 1);
         assert!(rng.watches().is_empty());
+    }
+
+    #[test]
+    fn a_file_that_says_the_same_again_is_no_source() {
+        assert!(matches!(Source::open(Path::new("/dev/urandom")), Ok(Source::File(_))));
+        let file = tempfile::NamedTempFile::new().unwrap();
+        let error = Source::open(file.path()).unwrap_err().to_string();
+        assert!(error.starts_with("randomness is read from a character device or a pipe alone"), "{error}");
     }
 
     #[test]

@@ -131,7 +131,7 @@ impl Guest {
         }
     }
 
-    fn write(&self, address: u64, bytes: &[u8]) {
+    pub(crate) fn write(&self, address: u64, bytes: &[u8]) {
         self.driver.memory.write_slice(bytes, GuestAddress(address)).unwrap();
     }
 

@@ -15,7 +15,7 @@ use super::commands::named_fd;
 use super::{App, EarlyState, Exit, FrontEnd, RunState, User, WAITING, find_named_fds, take_early_state};
 use crate::arriving::{Arriving, Predecessor};
 use crate::chardev::{self, Chardev};
-use crate::cli::config::{ChardevBackend, ChardevConfig};
+use crate::cli::config::{ChardevBackend, ChardevConfig, DeviceConfig};
 use crate::migration::{Request, Status};
 use crate::monitor::{Channels, QmpError, SocketAddress};
 use crate::startup::{self, Hardware, RamOrigin};
@@ -240,7 +240,8 @@ impl App {
             }
         };
         let memory = self.memory_to_store();
-        Ok(Request { main, cpr, original_mask: self.parts.original_mask, stays, memory })
+        let writes_disks = self.parts.config.devices.iter().any(DeviceConfig::writes_disk);
+        Ok(Request { main, cpr, original_mask: self.parts.original_mask, stays, memory, writes_disks })
     }
 }
 

@@ -5,7 +5,9 @@ use anyhow::bail;
 use cpr_core::section::SectionType;
 use serde::{Deserialize, Serialize};
 
-use crate::cli::config::{BlkConfig, Config, DeviceConfig, DeviceKind, NetConfig, PortConfig, SerialConfig};
+use crate::cli::config::{
+    BlkConfig, Cache, Config, DeviceConfig, DeviceKind, NetConfig, PortConfig, SerialConfig,
+};
 
 /// One device.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -94,6 +96,7 @@ fn blk_properties(blk: &BlkConfig) -> Vec<(&'static str, String)> {
         ("serial", blk.serial.clone().unwrap_or_default()),
         ("num-queues", blk.queues.to_string()),
         ("queue-size", blk.queue_size.to_string()),
+        ("write-cache", on_off(blk.drive.cache != Cache::Writethrough)),
         ("discard", on_off(blk.discard)),
         ("write-zeroes", on_off(blk.write_zeroes)),
     ]
@@ -176,6 +179,11 @@ mod tests {
                 " -device virtio-rng-pci,addr=1f -chardev",
                 "the command line has virtio-rng-pci at slot 1f, the guest has nothing there",
             ),
+            (
+                "id=d,format",
+                "cache=writethrough,id=d,format",
+                "virtio-blk-pci at slot 1a has write-cache=on, the command line says write-cache=off",
+            ),
             ("fds=3:4", "fd=3", "virtio-net-pci at slot 1 has queues=2, the command line says queues=1"),
             (
                 "netdev=n",
@@ -195,8 +203,12 @@ mod tests {
             assert!(said.contains(expected), "{new}: {said}");
         }
         // What no guest can see may change: a descriptor's number, and where the bytes of a console go.
-        for (old, new) in [("fds=3:4", "ifname=t,queues=2"), ("null,id=c", "file,id=c,path=/x"), ("/i", "/j")]
-        {
+        for (old, new) in [
+            ("id=d,", "cache=unsafe,id=d,"),
+            ("fds=3:4", "ifname=t,queues=2"),
+            ("null,id=c", "file,id=c,path=/x"),
+            ("/i", "/j"),
+        ] {
             DeviceShape::check_all(&guest, &shapes(&GUEST.replacen(old, new, 1))).unwrap();
         }
     }

@@ -521,6 +521,8 @@ impl App {
             formats::put(main, instance, line)?;
         }
         if self.outlives_kernel {
+            // The state is worth nothing without them.
+            self.hardware()?.machine.settle_on_host()?;
             formats::put(main, 0, &self.hardware()?.machine.time()?)?;
         }
         Ok(())

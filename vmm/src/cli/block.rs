@@ -33,8 +33,11 @@ enum NodeKind {
     File(FileNode),
     /// Upon a node of its own.
     Raw(FileNode),
-    /// Upon a node of this name.
-    RawUpon(String),
+    /// Upon a node of another name.
+    RawUpon {
+        below: String,
+        cache: Cache,
+    },
 }
 
 #[derive(Debug)]
@@ -202,7 +205,7 @@ fn node(mut given: Given, driver: &str, name: String) -> Result<Node, String> {
             let kind = match given.text("file") {
                 Some(below) => {
                     refuse(&given, "raw with file=NODE", &["file.driver", "file.filename"])?;
-                    NodeKind::RawUpon(below)
+                    NodeKind::RawUpon { below, cache }
                 }
                 None => {
                     given
@@ -322,11 +325,11 @@ impl Blocks {
     fn whole(&mut self, at: usize, user: &str) -> Result<DriveConfig, String> {
         let Block::Node(node) = &self.0[at].block else { return Err("is no node".into()) };
         let (name, read_only, discard) = (node.name.clone(), node.read_only, node.discard);
-        let below = match &node.kind {
+        let (below, cache) = match &node.kind {
             NodeKind::File(file) | NodeKind::Raw(file) => {
                 return Ok(image_of(name, file, read_only, discard));
             }
-            NodeKind::RawUpon(below) => below.clone(),
+            NodeKind::RawUpon { below, cache } => (below.clone(), *cache),
         };
         let names = known(self.0.iter().map(|entry| entry.block.id()).filter(|other| *other != name));
         let at = self
@@ -339,6 +342,13 @@ impl Blocks {
                 if *below_read_only && !read_only {
                     return Err(format!(
                         "node '{name}' is to be written, but its file '{below}' is read-only; say read-only=on for both"
+                    ));
+                }
+                // In QEMU, it is the file that is flushed or not.
+                if cache == Cache::Unsafe && file.cache != Cache::Unsafe {
+                    return Err(format!(
+                        "node '{name}': cache.no-flush=on is in vain, as its file '{below}' is flushed; say \
+                         cache.no-flush=on for both"
                     ));
                 }
                 Ok(image_of(name, file, read_only, discard))

@@ -149,7 +149,11 @@ pub(super) const OPTIONS: &[OptionSpec] = &[
             property("hugetlb", "on|off", "memfd: use huge pages"),
             property("hugetlbsize", "SIZE", "memfd: size of a huge page"),
             property("mem-path", "PATH", "file: the file"),
-            property("filename", "PATH", "rng-random: the file (default: /dev/urandom)"),
+            property(
+                "filename",
+                "PATH",
+                "rng-random: the file, a character device or a pipe (default: /dev/urandom)",
+            ),
         ],
         action: Action::Apply(object),
     },

@@ -1,13 +1,14 @@
 //! Configuration space: `struct virtio_blk_config`, virtio 1.2, 5.2.4. Everything is little-endian.
 
+use super::request::MAX_REQUEST_LEN;
 use crate::block::SECTOR_LEN;
 
 /// Bytes up to the end of what belongs to `VIRTIO_BLK_F_WRITE_ZEROES`.
 const LEN: usize = 60;
 /// Where `writeback` stands, the only field that a driver writes.
 pub(super) const WRITEBACK: usize = 32;
-/// The most sectors of one discard or write-zeroes request: `BDRV_REQUEST_MAX_SECTORS`, which QEMU has here.
-pub(super) const MAX_RANGE_SECTORS: u32 = (i32::MAX as u32) / SECTOR_LEN as u32;
+/// The most sectors of one discard or write-zeroes request.
+pub(super) const MAX_RANGE_SECTORS: u32 = (MAX_REQUEST_LEN / SECTOR_LEN) as u32;
 
 /// What configuration space tells of.
 #[derive(Debug, Clone, Copy)]

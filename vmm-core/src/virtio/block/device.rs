@@ -1,5 +1,7 @@
 //! The device.
 
+use std::collections::VecDeque;
+use std::fmt;
 use std::io;
 
 use cpr_core::error::BoxError;
@@ -18,11 +20,11 @@ use vm_memory::{Bytes, GuestAddress};
 
 use super::config::{ConfigSpace, WRITEBACK};
 use super::engine::Engine;
-use super::request::{Action, Disk, Request, Status};
+use super::request::{Action, Disk, MAX_REQUEST_LEN, Request, Status};
 use super::state::BlockState;
 use crate::block::{Cache, Image};
 use crate::guest_log::warn_of_guest;
-use crate::virtio::requests;
+use crate::virtio::requests::{self, AnotherTurn};
 use crate::virtio::{
     Backing, Broken, Class, Direction, Drained, Driver, Persistent, SectionVersions, VirtioDevice, Watch,
     WatchToken,
@@ -30,6 +32,14 @@ use crate::virtio::{
 
 /// The most queues that a disk can have.
 pub const MAX_QUEUES: u16 = 64;
+
+/// The most requests of a queue that are taken before it is somebody else's turn. Not each of them is one for the engine.
+const BURST: usize = 256;
+/// Bytes under way from which on nothing more is started, so that a stop waits for so many and one request more.
+const MOST_BYTES: u64 = MAX_REQUEST_LEN;
+
+const ENGINE: WatchToken = 0;
+const ANOTHER_TURN: WatchToken = 1;
 
 /// Who does the requests, in the terms of QEMU's `aio=`.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
@@ -92,6 +102,14 @@ pub enum BlockError {
         /// The size.
         found: u16,
     },
+    /// No eventfd could be made.
+    #[error("drive {id}: cannot make an eventfd")]
+    EventFd {
+        /// The drive.
+        id: String,
+        /// The cause.
+        source: io::Error,
+    },
     /// The disk that arrives with an update is another one than this.
     #[error("drive {id}: the guest has a disk with {what} {before}, by this command line it is {now}")]
     Other {
@@ -113,6 +131,8 @@ struct Task {
     head: u16,
     status: GuestAddress,
     written: u32,
+    /// Of the image, that it reads or changes.
+    bytes: u64,
     purpose: Purpose,
     /// It is to be on the disk when it is done.
     durable: bool,
@@ -147,10 +167,15 @@ pub struct Block {
     sectors: u64,
     /// The write cache is on, as far as the driver can flush it.
     writeback: bool,
+    /// The host failed to write something back: the kernel has told so once, and says of later attempts that all is well.
+    inconsistent: bool,
     /// Nothing new is started.
     draining: bool,
-    /// Queues were left before they were empty, because there was no room.
-    behind: bool,
+    /// Queues that were left before they were empty: there was no room, or it was others' turn.
+    waiting: VecDeque<usize>,
+    another_turn: AnotherTurn,
+    /// Of the requests under way.
+    bytes: u64,
     /// Queues that something was given back to, and whose driver was not told yet.
     unsignalled: Vec<bool>,
 }
@@ -172,6 +197,8 @@ impl Block {
         if !(4..=1024).contains(&queue_size) || !queue_size.is_power_of_two() {
             return Err(BlockError::QueueSize { id, found: queue_size });
         }
+        let another_turn =
+            AnotherTurn::new().map_err(|source| BlockError::EventFd { id: id.clone(), source })?;
         Ok(Self {
             engine: match aio {
                 Aio::IoUring => Engine::ring(&id),
@@ -183,8 +210,11 @@ impl Block {
             serial,
             queues,
             queue_size,
+            inconsistent: false,
             draining: false,
-            behind: false,
+            waiting: VecDeque::new(),
+            another_turn,
+            bytes: 0,
             unsignalled: vec![false; queues.into()],
         })
     }
@@ -209,37 +239,42 @@ impl Block {
         self.image.config().cache != Cache::Unsafe && !(self.writeback && driver.has(VIRTIO_BLK_F_FLUSH))
     }
 
-    /// Takes everything out of a queue, as far as there is room.
+    /// Takes requests out of a queue, as far as there is room and for one turn.
     fn serve(&mut self, driver: &mut Driver, queue: usize) -> Result<(), Broken> {
         let broken = |error| Broken::queue(queue, error);
         if self.draining || !driver.queues.get(queue).is_some_and(QueueT::ready) {
             return Ok(());
         }
-        loop {
-            driver.queues[queue].disable_notification(&driver.memory).map_err(broken)?;
-            let begun = self.begin(driver, queue);
-            // Also what stood before a chain that is none.
-            self.submit()?;
-            begun?;
-            self.finish(driver)?;
-            if self.engine.is_full() {
-                self.behind = true;
-                return Ok(());
-            }
-            if !driver.queues[queue].enable_notification(&driver.memory).map_err(broken)? {
-                return Ok(());
-            }
+        driver.queues[queue].disable_notification(&driver.memory).map_err(broken)?;
+        let begun = self.begin(driver, queue);
+        // Also what stood before a chain that is none.
+        self.submit()?;
+        let is_empty = begun?;
+        self.finish(driver)?;
+        // The driver may have added one before it saw that it is to tell.
+        let has_more =
+            !is_empty || driver.queues[queue].enable_notification(&driver.memory).map_err(broken)?;
+        if has_more && !self.waiting.contains(&queue) {
+            self.waiting.push_back(queue);
         }
+        Ok(())
+    }
+
+    fn has_room(&self) -> bool {
+        !self.engine.is_full() && self.bytes < MOST_BYTES
     }
 
     fn submit(&mut self) -> Result<(), Broken> {
         self.engine.submit().map_err(|error| Broken::new(format_args!("io_uring_enter: {error}")))
     }
 
-    /// Starts the requests of a queue until there is none, or no room.
-    fn begin(&mut self, driver: &mut Driver, queue: usize) -> Result<(), Broken> {
-        while !self.engine.is_full() {
-            let Some(request) = take(driver, queue)? else { break };
+    /// Starts the requests of a queue until there is none, no room, or it is others' turn. Tells whether there is none.
+    fn begin(&mut self, driver: &mut Driver, queue: usize) -> Result<bool, Broken> {
+        for _ in 0..BURST {
+            if !self.has_room() {
+                return Ok(false);
+            }
+            let Some(request) = take(driver, queue)? else { return Ok(true) };
             let disk = Disk {
                 sectors: self.sectors,
                 read_only: self.image.config().read_only,
@@ -252,16 +287,21 @@ impl Block {
                 head: request.head,
                 status: request.status,
                 written: request.written,
+                bytes: 0,
                 purpose: Purpose::Alone,
                 durable: self.is_durable(driver),
             };
             let next = match action {
-                Ok(action) => self.first(&mut task, action),
+                Ok(action) => {
+                    task.bytes = action.bytes();
+                    self.first(&mut task, action)
+                }
                 Err(status) => Next::Over(status),
             };
+            self.bytes += task.bytes;
             self.go_on(driver, task, next)?;
         }
-        Ok(())
+        Ok(false)
     }
 
     /// The first operation of a task.
@@ -274,7 +314,7 @@ impl Block {
             Action::Flush if config.cache == Cache::Unsafe || config.read_only => {
                 return Next::Over(Status::Ok);
             }
-            Action::Flush => Operation::Sync,
+            Action::Flush => return self.sync(),
             Action::Discard { len, .. } if len == 0 || !config.unmap => return Next::Over(Status::Ok),
             Action::Discard { offset, len } => {
                 task.purpose = Purpose::Discard;
@@ -287,6 +327,11 @@ impl Block {
                 Operation::Allocate { how, offset, len }
             }
         })
+    }
+
+    /// Has what was written be on the disk, if that can still be known.
+    fn sync(&self) -> Next {
+        if self.inconsistent { Next::Over(Status::Failed) } else { Next::Do(Operation::Sync) }
     }
 
     /// Turns to every operation that is over, and tells the driver.
@@ -311,7 +356,8 @@ impl Block {
                 Ok(())
             }
             Next::Over(status) => {
-                let Task { queue, head, written, .. } = task;
+                let Task { queue, head, written, bytes, .. } = task;
+                self.bytes -= bytes;
                 let told = driver.memory.write_obj(status as u8, task.status);
                 told.map_err(|error| Broken::queue(queue, error))?;
                 self.unsignalled[queue] = true;
@@ -321,7 +367,7 @@ impl Block {
     }
 
     /// What follows an operation.
-    fn next(&self, task: &mut Task, operation: Operation, result: io::Result<usize>) -> Next {
+    fn next(&mut self, task: &mut Task, operation: Operation, result: io::Result<usize>) -> Next {
         let done = match result {
             Ok(done) => done,
             Err(error) if is_passing(&error) => return Next::Do(operation),
@@ -350,13 +396,15 @@ impl Block {
                     _ => Next::Over(Status::Ok),
                 }
             }
-            Operation::Allocate { .. } if task.durable => Next::Do(Operation::Sync),
+            Operation::Allocate { .. } if task.durable => self.sync(),
+            // The error was told to another one that was under way.
+            Operation::Sync if self.inconsistent => Next::Over(Status::Failed),
             Operation::Allocate { .. } | Operation::Sync => Next::Over(Status::Ok),
         }
     }
 
     /// What follows an operation that failed.
-    fn instead(&self, task: &Task, operation: &Operation, error: &io::Error) -> Next {
+    fn instead(&mut self, task: &Task, operation: &Operation, error: &io::Error) -> Next {
         match (task.purpose, operation) {
             (Purpose::Discard, Operation::Allocate { .. }) if is_unsupported(error) => Next::Over(Status::Ok),
             (Purpose::Zeros { end }, Operation::Allocate { offset, .. }) if is_unsupported(error) => {
@@ -365,6 +413,7 @@ impl Block {
             _ => {
                 let image = self.image.path().display();
                 warn_of_guest!(drive = self.image.config().id, %image, %error, "a request of the guest failed");
+                self.inconsistent |= is_lost(operation, error);
                 Next::Over(Status::Failed)
             }
         }
@@ -381,6 +430,15 @@ fn take(driver: &mut Driver, queue: usize) -> Result<Option<Request>, Broken> {
     let Driver { memory, queues, .. } = driver;
     let Some(chain) = requests::take(memory, &mut queues[queue], queue)? else { return Ok(None) };
     Request::parse(memory, chain).map(Some).map_err(|error| Broken::queue(queue, error))
+}
+
+/// Whether the kernel may have dropped something that was written before, and not by this operation alone.
+fn is_lost(operation: &Operation, error: &io::Error) -> bool {
+    match operation {
+        Operation::Sync => !is_passing(error),
+        Operation::Write { durable: true, .. } => error.raw_os_error() == Some(libc::EIO),
+        _ => false,
+    }
 }
 
 /// It was interrupted, or ended with the thread that had submitted it. Nothing was told to the guest, so it is done again.
@@ -438,13 +496,18 @@ impl VirtioDevice for Block {
     }
 
     fn reset(&mut self) {
-        if let Err(error) = self.engine.settle() {
+        let inconsistent = &mut self.inconsistent;
+        let settled = self.engine.settle(|Completion { operation, result, .. }| {
+            *inconsistent |= result.is_err_and(|error| is_lost(&operation, &error));
+        });
+        if let Err(error) = settled {
             // Dropped, the ring keeps the memory that the kernel may still write to.
             tracing::error!(drive = self.image.config().id, %error, "io_uring does not answer any more");
             self.engine = Engine::caller();
         }
         self.writeback = starts_with_cache(&self.image);
-        (self.draining, self.behind) = (false, false);
+        (self.draining, self.bytes) = (false, 0);
+        self.waiting.clear();
         self.unsignalled.fill(false);
     }
 
@@ -453,19 +516,21 @@ impl VirtioDevice for Block {
     }
 
     fn watches(&self) -> Vec<Watch<'_>> {
-        let watch = |fd| Watch { fd, token: 0, direction: Direction::Read };
-        self.engine.event().map(watch).into_iter().collect()
+        let turn = !self.draining && !self.waiting.is_empty() && self.has_room();
+        let turn = turn.then(|| self.another_turn.watch(ANOTHER_TURN));
+        let engine = self.engine.event().map(|fd| Watch { fd, token: ENGINE, direction: Direction::Read });
+        turn.into_iter().chain(engine).collect()
     }
 
-    fn fd_ready(&mut self, driver: &mut Driver, _token: WatchToken) -> Result<(), Broken> {
-        self.engine.drain_event().map_err(Broken::new)?;
-        self.finish(driver)?;
-        if std::mem::take(&mut self.behind) {
-            for queue in 0..driver.queues.len() {
-                self.serve(driver, queue)?;
-            }
+    fn fd_ready(&mut self, driver: &mut Driver, token: WatchToken) -> Result<(), Broken> {
+        if token == ENGINE {
+            self.engine.drain_event().map_err(Broken::new)?;
         }
-        Ok(())
+        self.finish(driver)?;
+        match self.waiting.pop_front() {
+            Some(queue) => self.serve(driver, queue),
+            None => Ok(()),
+        }
     }
 
     fn drain(&mut self, driver: &mut Driver) -> Result<Drained, Broken> {
@@ -474,10 +539,30 @@ impl VirtioDevice for Block {
         Ok(if self.engine.in_flight() == 0 { Drained::AtRest } else { Drained::UnderWay })
     }
 
+    fn settle_on_host(&mut self) -> Result<(), BoxError> {
+        let config = self.image.config();
+        if config.read_only {
+            return Ok(());
+        }
+        let fail = |reason: fmt::Arguments<'_>| {
+            format!("drive {}: {} cannot be written back: {reason}", config.id, config.path.display())
+        };
+        if self.inconsistent {
+            return Err(fail(format_args!("an earlier attempt has failed, and data may be lost")).into());
+        }
+        self.image.fd().sync_data().map_err(|error| {
+            self.inconsistent = true;
+            fail(format_args!("{error}")).into()
+        })
+    }
+
     fn resume(&mut self) {
-        (self.draining, self.behind) = (false, false);
+        self.draining = false;
+        // Every queue is offered.
+        self.waiting.clear();
         if self.engine.is_left_behind() {
             self.engine = Engine::ring(&self.image.config().id);
+            self.bytes = 0;
         }
     }
 
@@ -502,6 +587,7 @@ impl Persistent for Block {
             queue_size: self.queue_size,
             sectors: self.sectors,
             writeback: self.writeback,
+            inconsistent: self.inconsistent,
         };
         Ok(main.put_section(instance, &state)?)
     }
@@ -528,6 +614,7 @@ impl Persistent for Block {
         self.image.check_room(state.sectors)?;
         self.sectors = state.sectors;
         self.writeback = state.writeback;
+        self.inconsistent = state.inconsistent;
         Ok(())
     }
 }
@@ -562,7 +649,7 @@ mod tests {
     }
 
     fn task(purpose: Purpose) -> Task {
-        Task { queue: 0, head: 0, status: GuestAddress(0), written: 1, purpose, durable: true }
+        Task { queue: 0, head: 0, status: GuestAddress(0), written: 1, bytes: 0, purpose, durable: true }
     }
 
     #[test]
@@ -597,8 +684,56 @@ mod tests {
     }
 
     #[test]
+    fn a_flush_that_failed_is_not_forgotten() {
+        let failed = |code| Err(io::Error::from_raw_os_error(code));
+        let write = |durable| Operation::Write { offset: 0, from: Source::zeros(512), durable };
+        for (operation, code, lost) in [
+            (Operation::Sync, libc::EIO, true),
+            (Operation::Sync, libc::ENOSPC, true),
+            (Operation::Sync, libc::EINTR, false),
+            (write(true), libc::EIO, true),
+            (write(true), libc::ENOSPC, false),
+            (write(false), libc::EIO, false),
+        ] {
+            let told = format!("{operation:?} {code}");
+            let mut old = block(Cache::Writeback);
+            let _ = old.next(&mut task(Purpose::Alone), operation, failed(code));
+            let check = |block: &mut Block| {
+                let flush = block.first(&mut task(Purpose::Alone), Action::Flush);
+                assert_eq!(matches!(flush, Next::Over(Status::Failed)), lost, "{told}");
+                let under_way = block.next(&mut task(Purpose::Alone), Operation::Sync, Ok(0));
+                assert_eq!(matches!(under_way, Next::Over(Status::Failed)), lost, "{told}");
+                let discard = Operation::Allocate { how: Allocation::Hole, offset: 0, len: 512 };
+                let durable = block.next(&mut task(Purpose::Discard), discard, Ok(0));
+                assert_eq!(matches!(durable, Next::Over(Status::Failed)), lost, "{told}");
+            };
+            check(&mut old);
+            // Neither a new driver nor a new program makes it good.
+            old.reset();
+            let mut writer = FrameWriter::default();
+            old.save(&mut writer, 0).unwrap();
+            let mut new = block(Cache::Writeback);
+            new.load(&mut Frame::parse(&writer.finish(1)).unwrap(), 0).unwrap();
+            check(&mut new);
+        }
+    }
+
+    #[test]
+    fn what_was_lost_does_not_settle() {
+        let mut block = block(Cache::Unsafe);
+        block.settle_on_host().unwrap();
+        block.inconsistent = true;
+        let error = block.settle_on_host().unwrap_err().to_string();
+        assert!(error.starts_with("drive disk0: /"), "{error}");
+        assert!(
+            error.ends_with("cannot be written back: an earlier attempt has failed, and data may be lost"),
+            "{error}"
+        );
+    }
+
+    #[test]
     fn zeros_are_written_where_a_range_cannot_be_zeroed() {
-        let block = block(Cache::Writeback);
+        let mut block = block(Cache::Writeback);
         let (start, len) = (512, 100 << 20);
         let mut task = task(Purpose::Alone);
         let first = block.first(&mut task, Action::WriteZeroes { offset: start, len, unmap: false });
@@ -623,11 +758,11 @@ mod tests {
 
     #[test]
     fn errors_are_those_of_the_request() {
-        let block = block(Cache::Writeback);
+        let mut block = block(Cache::Writeback);
         let failed = |code| Err(io::Error::from_raw_os_error(code));
         let write = || Operation::Write { offset: 0, from: Source::zeros(512), durable: false };
         let hole = || Operation::Allocate { how: Allocation::Hole, offset: 0, len: 512 };
-        let next = |purpose, operation, result| block.next(&mut task(purpose), operation, result);
+        let mut next = |purpose, operation, result| block.next(&mut task(purpose), operation, result);
         for code in [libc::ENOSPC, libc::EIO, libc::EOPNOTSUPP] {
             assert!(matches!(next(Purpose::Alone, write(), failed(code)), Next::Over(Status::Failed)));
         }
@@ -648,7 +783,7 @@ mod tests {
 
     #[test]
     fn what_was_read_in_part_is_read_on() {
-        let (block, memory) = (block(Cache::Writeback), memory());
+        let (mut block, memory) = (block(Cache::Writeback), memory());
         memory.write_slice(&[7; 0x1000], GuestAddress(0)).unwrap();
         let into = GuestBuffers::new(&memory, [(GuestAddress(0x100), 1024)]).unwrap();
         let read = Operation::Read { offset: 512, into };

@@ -97,13 +97,15 @@ impl<T> Engine<T> {
         matches!(self, Self::Ring(ring) if !ring.is_of_this_process())
     }
 
-    /// Waits until nothing is under way, whatever came of it.
-    pub(super) fn settle(&mut self) -> io::Result<()> {
+    /// Waits until nothing is under way, and gives `over` what came of it.
+    pub(super) fn settle(&mut self, mut over: impl FnMut(Completion<T>)) -> io::Result<()> {
         while self.in_flight() > 0 {
             if let Self::Ring(ring) = self {
                 ring.wait()?;
             }
-            while self.completed().is_some() {}
+            while let Some(completion) = self.completed() {
+                over(completion);
+            }
         }
         Ok(())
     }

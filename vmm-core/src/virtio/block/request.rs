@@ -20,6 +20,10 @@ use crate::virtio::Broken;
 /// Bytes of `struct virtio_blk_outhdr`, and of `struct virtio_blk_discard_write_zeroes`.
 const HEADER_LEN: usize = 16;
 
+/// The most bytes of one request. More than any driver asks for; what is under way cannot be stopped, so that it has to be
+/// little enough to be waited for.
+pub(super) const MAX_REQUEST_LEN: u64 = 64 << 20;
+
 /// How a request ended, as its driver is told.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[repr(u8)]
@@ -62,6 +66,18 @@ pub(super) enum Action {
         len: u64,
         unmap: bool,
     },
+}
+
+impl Action {
+    /// Bytes of the image that it reads or changes.
+    pub(super) fn bytes(&self) -> u64 {
+        match self {
+            Self::Nothing | Self::Flush => 0,
+            Self::Read { into, .. } => into.len() as u64,
+            Self::Write { from, .. } => from.len() as u64,
+            Self::Discard { len, .. } | Self::WriteZeroes { len, .. } => *len,
+        }
+    }
 }
 
 type Range = (GuestAddress, usize);
@@ -210,6 +226,9 @@ impl Disk<'_> {
 }
 
 fn buffers(memory: &GuestMemoryMmap, ranges: &[Range]) -> Result<GuestBuffers, Status> {
+    if ranges.iter().map(|(_, len)| *len as u64).sum::<u64>() > MAX_REQUEST_LEN {
+        return Err(Status::Failed);
+    }
     GuestBuffers::new(memory, ranges.iter().copied()).map_err(|_| Status::Failed)
 }
 

@@ -18,6 +18,8 @@ pub struct BlockState {
     pub sectors: u64,
     /// Whether the driver has the write cache on.
     pub writeback: bool,
+    /// Whether the host has failed to keep something that was written, so that flushes fail from then on.
+    pub inconsistent: bool,
 }
 
 impl SectionType for BlockState {

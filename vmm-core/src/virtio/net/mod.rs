@@ -158,11 +158,22 @@ impl Net {
             _ if ready => pair.transmit(driver, queue)?,
             _ => pair.sending = false,
         }
-        if pair.gone && self.link_up {
-            self.link_up = false;
+        self.tell_link(driver);
+        Ok(())
+    }
+
+    /// Tells the driver whether there is a network, if it knows otherwise: from the one that the device had before an update,
+    /// for example.
+    fn tell_link(&mut self, driver: &Driver) {
+        let link_up = self.has_link();
+        if self.link_up != link_up {
+            self.link_up = link_up;
             driver.interrupt.config();
         }
-        Ok(())
+    }
+
+    fn has_link(&self) -> bool {
+        self.pairs.iter().all(|pair| !pair.gone)
     }
 
     fn config(&self) -> [u8; 12] {
@@ -230,7 +241,7 @@ impl VirtioDevice for Net {
 
     fn reset(&mut self) {
         self.mac = self.settings.mac;
-        self.link_up = self.pairs.iter().all(|pair| !pair.gone);
+        self.link_up = self.has_link();
         for pair in &mut self.pairs {
             (pair.held, pair.receiving, pair.sending) = (None, false, false);
         }

@@ -16,6 +16,7 @@ use super::ring::{
     add_slices, ask_for_kick, gather, give_back_together, ignore_kicks, next_chain, scatter, signal_since,
     total,
 };
+use super::transmit::is_gone;
 use super::{BURST_BYTES, BURST_PACKETS, HEADER_LEN, MAX_PACKET_LEN, Pair};
 use crate::virtio::{Broken, Driver};
 
@@ -66,8 +67,9 @@ impl Pair {
             let received = match self.held.take() {
                 Some(held) => buffers.fill(&held).then_some(held.len()),
                 None => match self.read(buffers, rest) {
-                    Some(len) => self.sort(buffers, rest, len),
-                    None => break,
+                    Got::Packet(len) => self.sort(buffers, rest, len),
+                    Got::Refused => None,
+                    Got::Nothing => break,
                 },
             };
             if let Some(len) = received {
@@ -86,16 +88,21 @@ impl Pair {
         !buffers.chains.is_empty() && (waiting <= buffers.bytes || all)
     }
 
-    /// Reads a packet into the buffers and `rest`. None: there is none now, or there will be no more.
-    fn read(&mut self, buffers: &Buffers<'_>, rest: &mut [u8]) -> Option<usize> {
+    /// Reads a packet into the buffers and `rest`.
+    fn read(&mut self, buffers: &Buffers<'_>, rest: &mut [u8]) -> Got {
         match packet::receive(self.link.fd(), buffers.pieces(), rest) {
             // A tap does not end; what stands in for it does.
             Ok(0) => self.lose("its other end is closed"),
-            Ok(len) => return Some(len),
+            Ok(len) => return Got::Packet(len),
             Err(error) if is_for_now(&error) => {}
-            Err(error) => self.lose(error),
+            Err(error) if is_gone(&error) => self.lose(error),
+            // A tap has taken the packet off its queue, and cannot say in a header what it is like (EINVAL).
+            Err(error) => {
+                tracing::debug!(link = ?self.link, %error, "a packet for the guest was dropped");
+                return Got::Refused;
+            }
         }
-        None
+        Got::Nothing
     }
 
     /// What becomes of a packet that was read: its length if the buffers have it. One that they do not hold waits for
@@ -116,7 +123,17 @@ impl Pair {
     }
 }
 
-/// Whether there may be a packet later. Of anything else, a descriptor that is always ready would keep us busy.
+/// What came of reading a packet.
+enum Got {
+    /// One, of this length.
+    Packet(usize),
+    /// One that cannot be read: the next one may be.
+    Refused,
+    /// There is none now, or there will be no more.
+    Nothing,
+}
+
+/// Whether there may be a packet later.
 fn is_for_now(error: &io::Error) -> bool {
     matches!(error.raw_os_error(), Some(libc::EAGAIN | libc::ENOMEM | libc::ENOBUFS))
 }

@@ -78,7 +78,7 @@ impl Pair {
     }
 }
 
-/// Whether there will never be a network behind this descriptor again.
-fn is_gone(error: &io::Error) -> bool {
-    error.kind() == io::ErrorKind::BrokenPipe || error.raw_os_error() == Some(libc::EBADFD)
+/// Whether there will never be a network behind this descriptor again. EBADFD is a tap's whose interface was deleted.
+pub(super) fn is_gone(error: &io::Error) -> bool {
+    matches!(error.raw_os_error(), Some(libc::EBADFD | libc::EBADF | libc::EPIPE))
 }

@@ -213,6 +213,11 @@ impl VirtioPci {
         self.lock().drain()
     }
 
+    /// The device is at rest: has what its driver has stored outlive the host's kernel.
+    pub(crate) fn settle_on_host(&self) -> Result<(), BoxError> {
+        self.lock().settle_on_host()
+    }
+
     /// Has the doorbells where they will be once the guest has the BAR answered that it has not moved. For a machine that is
     /// built ahead of its state, as KVM may take long.
     pub(crate) fn attach_doorbells_ahead(&self) {

@@ -3,6 +3,7 @@
 use std::fmt;
 use std::sync::Arc;
 
+use cpr_core::error::BoxError;
 use virtio_queue::{Queue, QueueT};
 use vm_memory::{GuestAddress, GuestMemoryMmap};
 
@@ -306,6 +307,10 @@ impl Transport {
     pub(super) fn drain(&mut self) -> Drained {
         self.held = true;
         self.work(|device, driver| device.drain(driver)).unwrap_or(Drained::AtRest)
+    }
+
+    pub(super) fn settle_on_host(&mut self) -> Result<(), BoxError> {
+        self.device.settle_on_host()
     }
 
     pub(super) fn resume(&mut self) {

@@ -48,6 +48,11 @@ impl DeviceConfig {
         }
     }
 
+    /// Whether the guest can write to an image by it.
+    pub fn writes_disk(&self) -> bool {
+        matches!(&self.kind, DeviceKind::Blk(blk) if !blk.drive.read_only)
+    }
+
     /// How messages call it.
     pub fn describe(&self) -> String {
         match &self.id {

@@ -122,7 +122,8 @@ fn nodes_inherit_as_in_qemu() {
     let kept = DriveConfig { discard: false, cache: Cache::Writeback, ..expected.clone() };
     assert_eq!(drive(&format!("{inside},file.discard=ignore,file.cache.no-flush=off {device}")), kept);
     // A node of its own has what it says itself.
-    let upon = "-blockdev raw,node-name=d,file=f,read-only=on,cache.no-flush=on,discard=unmap -blockdev file,node-name=f,filename=/i";
+    let upon =
+        "-blockdev raw,node-name=d,file=f,read-only=on,discard=unmap -blockdev file,node-name=f,filename=/i";
     assert_eq!(drive(&format!("{upon} {device}")), kept);
     let told = "read-only=on,cache.no-flush=on,discard=unmap,aio=threads,locking=off,auto-read-only=off";
     let expected = DriveConfig { aio: Aio::Threads, locking: false, ..expected };
@@ -582,6 +583,11 @@ fn mistakes_with_devices_are_named() {
         (
             "-blockdev file,node-name=f,filename=/i,cache.direct=on",
             "property 'cache.direct': on is not supported",
+        ),
+        (
+            "-blockdev raw,node-name=d,file=f,cache.no-flush=on -blockdev file,node-name=f,filename=/i -device \
+             virtio-blk-pci,drive=d",
+            "node 'd': cache.no-flush=on is in vain, as its file 'f' is flushed; say cache.no-flush=on for both",
         ),
         (
             "-drive file=/i,format=raw,cache=unsafe,cache.writeback=off",

@@ -185,6 +185,74 @@ fn a_network_that_ends_is_a_cable_that_is_pulled() {
     assert!(net.watches().is_empty());
 }
 
+/// A socket that tells of what became of a packet that it sent, by an error of its next read.
+#[derive(Debug)]
+struct Complaining(std::net::UdpSocket);
+
+impl Link for Complaining {
+    fn fd(&self) -> std::os::fd::BorrowedFd<'_> {
+        std::os::fd::AsFd::as_fd(&self.0)
+    }
+
+    fn is_adopted(&self) -> bool {
+        true
+    }
+
+    fn set_offloads(&self, _offloads: oslib::tap::Offloads) -> io::Result<()> {
+        Ok(())
+    }
+
+    fn set_attached(&self, _attached: bool) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+#[test]
+fn a_packet_that_cannot_be_read_is_not_the_end_of_the_network() {
+    let bind = |address| std::net::UdpSocket::bind(address).unwrap();
+    let (ours, theirs) = (bind("127.0.0.1:0".to_owned()), bind("127.0.0.1:0".to_owned()));
+    ours.set_nonblocking(true).unwrap();
+    let (our_address, their_address) = (ours.local_addr().unwrap(), theirs.local_addr().unwrap());
+    ours.connect(their_address).unwrap();
+    drop(theirs);
+    ours.send(b"nobody is there").unwrap();
+    let theirs = bind(their_address.to_string());
+    theirs.send_to(&framed(b"hello"), our_address).unwrap();
+    let refused = ours.try_clone().unwrap();
+
+    let mut net = Net::new(SETTINGS, vec![Complaining(ours)]);
+    let mut guest = Guest::new(&[], false);
+    net.activate(&mut guest.driver).unwrap();
+    guest.offer(RX, &[(100, None)]);
+    net.queue_ready(&mut guest.driver, RX).unwrap();
+    assert_eq!(Guest::packets(guest.interrupted(RX)), [b"hello"]);
+    assert_eq!(guest.interrupts.config.load(Ordering::Relaxed), 0);
+    // The error was there, and was met.
+    refused.send(b"somebody is there").unwrap();
+}
+
+#[test]
+fn a_new_network_is_a_cable_that_is_plugged_in() {
+    let (mut old, mut guest, _other) = ready(&[], false);
+    old.pairs[0].lose("a test");
+    old.queue_ready(&mut guest.driver, TX).unwrap();
+    assert!(!old.link_up);
+    let mut writer = cpr_core::frame::FrameWriter::default();
+    old.drain(&mut guest.driver).unwrap();
+    old.persistent().unwrap().save(&mut writer, 0).unwrap();
+    let (wire, _other) = wire();
+    let mut new = Net::new(SETTINGS, vec![wire]);
+    let mut frame = cpr_core::frame::Frame::parse(&writer.finish(1)).unwrap();
+    new.persistent().unwrap().load(&mut frame, 0).unwrap();
+    new.resume();
+    guest.interrupts.config.store(0, Ordering::Relaxed);
+    new.queue_ready(&mut guest.driver, TX).unwrap();
+    assert!(new.link_up);
+    assert_eq!(guest.interrupts.config.load(Ordering::Relaxed), 1);
+    new.queue_ready(&mut guest.driver, TX).unwrap();
+    assert_eq!(guest.interrupts.config.load(Ordering::Relaxed), 1, "told once");
+}
+
 #[test]
 fn the_driver_reads_what_the_device_is() {
     let wires = vec![wire().0, wire().0];
