@@ -72,6 +72,10 @@ impl Machine {
         let pid = self.vmm.pid();
         let children = process::children(pid)?;
         ensure!(children.is_empty(), "{children:?} are left");
+        // Descendants of the program that was asked were killed with it, and may still be on their way.
+        let vmm = &self.vmm;
+        let _ =
+            wait_for("the end of them all", PATIENCE, || (vmm.processes() == before.processes).then_some(()));
         let now = self.surroundings()?;
         ensure!(now == *before, "{before:#?} became {now:#?}");
         ensure!(self.vmm.status()? == "running");
