@@ -6,8 +6,8 @@ while [ "$1" != -- ]; do
 	shift
 done
 shift
-# A VM that is there all the time: with the first and the last one KVM patches the scheduler's code, and an emulated CPU
-# that is in it just then may die of the breakpoint that is there for a moment.
+# A VM that is there all the time. L1's kernel was once seen to die of a breakpoint in its scheduler; the likely reason is that
+# KVM patches that code when the first VM comes and when the last one goes, and an emulated CPU was in it just then.
 ./cpr-vmm -S -nodefaults -display none &
 spare=$!
 status=0
