@@ -3,7 +3,7 @@
 //!
 //! A filter stays for good: new threads and children have it, and execve(2) keeps it, so a program that is followed by
 //! another one in its process must not add the same filter again. Nobody without privileges is told by the kernel what a
-//! filter does. So the filters say it themselves: beside them goes one that answers a [question](QUESTION) of prctl(2), one
+//! filter does. So the filters say it themselves: beside them goes one that answers a question of prctl(2), one
 //! that the kernel would refuse, with an error number of its own. The kernel, not a note from the program before, is the
 //! witness.
 //!
