@@ -14,7 +14,7 @@ use vm_memory::{Bytes, GuestAddress};
 use vmm_core::boot::{self, BootRequest, KernelImage};
 use vmm_core::error::VcpuError;
 use vmm_core::machine::{Machine, MachineError, default_routes};
-use vmm_core::memory::GuestRam;
+use vmm_core::memory::{Backend, GuestRam};
 use vmm_core::payload::{self, Command, GuestWords, Header, Mailbox, Status};
 use vmm_core::state::{Blob, ClockState, GsiRoute, MachineState, SregsState, VcpuState};
 use vmm_core::vcpu::{RunObserver, VcpuEvent};
@@ -530,6 +530,24 @@ fn writes_and_counts() -> Vec<u8> {
     [starting, &writing[..]].concat()
 }
 
+/// A machine whose first vCPU writes to a gated port all the time, and the others count; everything runs.
+fn at_a_gate(backend: &Backend, vcpus: usize) -> (Machine, Arc<Gate>) {
+    let (machine, _) = machine(backend, vcpus);
+    let gate = Arc::new(Gate::default());
+    machine.ports().insert(0x680, 1, "gate", gate.clone()).unwrap();
+    load(&machine, &writes_and_counts());
+    machine.set_entry(&flat).unwrap();
+    machine.run().unwrap();
+    wait_for_beats(&machine, vcpus);
+    (machine, gate)
+}
+
+/// All vCPUs but the first go on counting.
+fn the_others_count(machine: &Machine, vcpus: usize) {
+    let before: Vec<u32> = (1..vcpus).map(|vcpu| counter(machine, vcpu)).collect();
+    wait_for("the others' counting", || (1..vcpus).all(|vcpu| counter(machine, vcpu) > before[vcpu - 1]));
+}
+
 #[test]
 fn a_vcpu_that_a_device_holds_up_holds_up_no_other() {
     if !have_kvm("a_vcpu_that_a_device_holds_up_holds_up_no_other") {
@@ -537,21 +555,13 @@ fn a_vcpu_that_a_device_holds_up_holds_up_no_other() {
     }
     const VCPUS: usize = 5;
     let backend = backend(64 * MIB);
-    let (machine, _) = machine(&backend, VCPUS);
-    let gate = Arc::new(Gate::default());
-    machine.ports().insert(0x680, 1, "gate", gate.clone()).unwrap();
-    load(&machine, &writes_and_counts());
-    machine.set_entry(&flat).unwrap();
-    machine.run().unwrap();
-    wait_for_beats(&machine, VCPUS);
+    let (machine, gate) = at_a_gate(&backend, VCPUS);
     machine.pause(DEADLINE).unwrap();
     let held = gate.0.lock().unwrap();
     machine.run().unwrap();
-    let before: Vec<u32> = (1..VCPUS).map(|vcpu| counter(&machine, vcpu)).collect();
-    wait_for("the others' counting", || (1..VCPUS).all(|vcpu| counter(&machine, vcpu) > before[vcpu - 1]));
+    the_others_count(&machine, VCPUS);
     // Long enough for more than the first turn of each.
-    let before: Vec<u32> = (1..VCPUS).map(|vcpu| counter(&machine, vcpu)).collect();
-    wait_for("that they go on", || (1..VCPUS).all(|vcpu| counter(&machine, vcpu) > before[vcpu - 1]));
+    the_others_count(&machine, VCPUS);
     drop(held);
     wait_for_beats(&machine, VCPUS);
 }
@@ -563,22 +573,13 @@ fn a_stop_that_a_device_prevents_is_undone_for_every_vcpu() {
     }
     const VCPUS: usize = 3;
     let backend = backend(64 * MIB);
-    let (machine, _) = machine(&backend, VCPUS);
-    let gate = Arc::new(Gate::default());
-    machine.ports().insert(0x680, 1, "gate", gate.clone()).unwrap();
-    load(&machine, &writes_and_counts());
-    machine.set_entry(&flat).unwrap();
-    machine.run().unwrap();
-    wait_for_beats(&machine, VCPUS);
+    let (machine, gate) = at_a_gate(&backend, VCPUS);
     for _ in 0..5 {
         let held = gate.0.lock().unwrap();
         wait_for("a vCPU at the port", || gate.1.load(Ordering::SeqCst) == 1);
         let error = machine.pause(Duration::from_millis(200)).unwrap_err();
         assert!(matches!(&error, MachineError::PauseTimedOut { vcpus, .. } if *vcpus == [0]), "{error}");
-        let before: Vec<u32> = (1..VCPUS).map(|vcpu| counter(&machine, vcpu)).collect();
-        wait_for("the others' counting", || {
-            (1..VCPUS).all(|vcpu| counter(&machine, vcpu) > before[vcpu - 1])
-        });
+        the_others_count(&machine, VCPUS);
         drop(held);
         wait_for_beats(&machine, VCPUS);
     }
