@@ -257,12 +257,12 @@ fn under_defer_the_answer_comes_first_and_the_sessions_go_on() -> anyhow::Result
     console.expect("(qemu) ")?;
 
     // Nobody says where from: that has a limit of its own, if the user wants one.
-    machine.set("cpr-exec-timeout", json!(1500))?;
-    machine.set("cpr-defer-timeout", json!(3000))?;
+    machine.set("cpr-exec-timeout", json!(4000))?;
+    machine.set("cpr-defer-timeout", json!(6000))?;
     let command = machine.vmm.exec_command("defer");
     machine.begin(&command, "memfd:")?;
     let error = machine.fails(Process::Same)?;
-    contains(&error, &["nobody gave the new program a migrate-incoming for 3s", "ended by SIGABRT"])?;
+    contains(&error, &["nobody gave the new program a migrate-incoming for 6s", "ended by SIGABRT"])?;
     machine.set("cpr-exec-timeout", json!(5000))?;
     machine.goes_on(Process::Same)
 }
