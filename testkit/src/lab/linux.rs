@@ -270,9 +270,13 @@ impl Linux {
 
 impl Drop for Linux {
     fn drop(&mut self) {
-        // For whoever looks into a failure.
+        // For whoever looks into a failure. What the VMM said may be all of it: the guest's reset is no error of a step.
         let name = current_test().replace("::", "-");
+        let said = self.said();
+        if !said.is_empty() {
+            self.step(&format!("the VMM said {said:?}"));
+        }
         let _ = std::fs::write(self.lab.out().join(format!("{name}.serial")), self.shell.transcript());
-        let _ = std::fs::write(self.lab.out().join(format!("{name}.stderr")), self.said());
+        let _ = std::fs::write(self.lab.out().join(format!("{name}.stderr")), said);
     }
 }
