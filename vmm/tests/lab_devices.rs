@@ -122,12 +122,21 @@ fn disks(under: Under, cpus: u8) -> anyhow::Result<()> {
     let options = disks.options();
     let options: Vec<&str> = options.iter().map(String::as_str).collect();
     let mut linux = under.boot(lab, cpus, &options)?;
+    let written = write_through(&mut linux, under);
+    let (bare, file) = written.with_context(|| format!("the VMM said: {}", linux.said()))?;
+    linux.shell.type_line("poweroff -f")?;
+    linux.ends("guest-shutdown")?;
+    disks.hold(bare.try_into()?, file.try_into()?)
+}
+
+/// Both disks are written to all the time; gives the numbers of the last writes.
+fn write_through(linux: &mut Linux, under: Under) -> anyhow::Result<(i64, i64)> {
     let mounted = linux.run("mkdir -p /mnt && mount -t ext4 /dev/vdb /mnt && echo mounted")?;
     ensure!(mounted == "mounted", "{mounted}");
-    remember_log(&mut linux)?;
+    remember_log(linux)?;
     let watches = [format!("disk 600 {BARE_BLOCKS} /dev/vda"), format!("disk 600 {FILE_BLOCKS} /mnt/file")];
     let watches = [watches[0].as_str(), watches[1].as_str()];
-    let printed = watched(&mut linux, &watches, COMMAND_LIMIT, |linux| under.happen(linux))?;
+    let printed = watched(linux, &watches, COMMAND_LIMIT, |linux| under.happen(linux))?;
     let [bare, file] = [Report::parse(&printed[0], "disk")?, Report::parse(&printed[1], "disk")?];
     for report in [&bare, &file] {
         linux.step(&report.line);
@@ -135,7 +144,7 @@ fn disks(under: Under, cpus: u8) -> anyhow::Result<()> {
         ensure!(report.get("wrong")? == 0, "what was read was not what was written: {}", report.line);
         ensure!(report.get("last")? > i64::from(UPDATES), "hardly anything was written: {}", report.line);
     }
-    log_has_nothing_new(&mut linux)?;
+    log_has_nothing_new(linux)?;
     let unmounted = linux.run("umount /mnt && sync && echo unmounted")?;
     ensure!(unmounted == "unmounted", "{unmounted}");
     linux.lab.note(&format!(
@@ -145,9 +154,21 @@ fn disks(under: Under, cpus: u8) -> anyhow::Result<()> {
         bare.get("longest_us")?,
         file.get("longest_us")?,
     ))?;
-    linux.shell.type_line("poweroff -f")?;
-    linux.ends("guest-shutdown")?;
-    disks.hold(bare.get("last")?.try_into()?, file.get("last")?.try_into()?)
+    Ok((bare.get("last")?, file.get("last")?))
+}
+
+/// The same with four vCPUs. A run in which the emulated CPUs broke the guest says nothing, and is repeated, twice at most:
+/// see "What the emulator gets wrong" in the documentation of `cargo xtask lab`.
+fn disks_with_four_vcpus(under: Under) -> anyhow::Result<()> {
+    for _ in 0..2 {
+        match disks(under, 4) {
+            Err(error) if format!("{error:#}").contains("triple fault") => {
+                println!("  AGAIN, as the emulator may be to blame: {error:#}");
+            }
+            result => return result,
+        }
+    }
+    disks(under, 4)
 }
 
 #[test]
@@ -158,7 +179,7 @@ fn disks_with_one_vcpu_by_exec() -> anyhow::Result<()> {
 #[test]
 #[ignore = "in cargo xtask lab test --all"]
 fn disks_with_four_vcpus_by_exec() -> anyhow::Result<()> {
-    disks(Under::Updates(Mode::Exec), 4)
+    disks_with_four_vcpus(Under::Updates(Mode::Exec))
 }
 
 #[test]
@@ -167,11 +188,10 @@ fn disks_with_one_vcpu_by_transfer() -> anyhow::Result<()> {
     disks(Under::Updates(Mode::Transfer), 1)
 }
 
-// Fails now and then since input typed right after the sixth update lost its first three bytes: not understood yet.
 #[test]
 #[ignore = "in cargo xtask lab test --all"]
 fn disks_with_four_vcpus_by_transfer() -> anyhow::Result<()> {
-    disks(Under::Updates(Mode::Transfer), 4)
+    disks_with_four_vcpus(Under::Updates(Mode::Transfer))
 }
 
 #[test]

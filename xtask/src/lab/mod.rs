@@ -27,6 +27,17 @@
 //! | `CPR_LAB_LIMIT` | seconds until the command is ended |
 //!
 //! The lab refuses to guess: where it cannot be built it reports [`Outcome::Skipped`] with the reason, never a pass.
+//!
+//! # What the emulator gets wrong
+//!
+//! - After a VMRUN the guest's translations are wrong now and then. A guest whose four vCPUs write to two disks resets by a
+//!   triple fault about once in two to three minutes, under `cpr-vmm` with no update near, and with `la57=off`, too. L1's trace of
+//!   KVM shows what happens: an exit for a doorbell, a VMRUN with the same CR3, nested CR3, CR4 and EFER in the VMCB as before and as the
+//!   other vCPUs go on to use, and then a page fault of the first fetch (error code 0x10), which cannot be delivered
+//!   either. Once the VMCB came back with an address in CR3 that is no page of the guest. Tests that load a guest like that
+//!   repeat a run in which it happened. With `thread=single` such a test does not get done.
+//! - Asynchronous page faults: see [`L2_APPEND`].
+//! - Code that KVM patches under a running CPU: see `scripts/l1-tests.sh`.
 
 mod build;
 mod cache;
