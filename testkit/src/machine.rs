@@ -1,6 +1,7 @@
 //! A VM whose guest holds a pattern and counts: what a failure must leave as it was.
 
 use std::path::Path;
+use std::time::Duration;
 
 use anyhow::{Context, ensure};
 use serde_json::{Value, json};
@@ -86,14 +87,26 @@ impl Machine {
     /// # Errors
     /// It has not, or the guest's counter went back.
     pub fn has_failed(&mut self) -> anyhow::Result<String> {
+        self.failure().map(|(error, _)| error)
+    }
+
+    /// The same with the events up to then.
+    ///
+    /// # Errors
+    /// As [`has_failed`](Self::has_failed).
+    pub fn failure(&mut self) -> anyhow::Result<(String, Vec<Value>)> {
+        // Asked for rarely: a program that dies of a signal while it works on a command takes the answer with it.
         let info = wait_for("the failure", PATIENCE, || {
             self.look_at_beats().ok()?;
+            let failed = |data: &Value| data["status"] == "failed";
+            self.vmm.qmp().has_come("MIGRATION", failed, Duration::from_millis(100)).ok()?;
             let info = self.vmm.qmp().execute("query-migrate", json!({})).ok()?;
             (info["status"] == "failed").then_some(info)
         })?;
+        let events = self.vmm.qmp().take_events();
         let error = info["error-desc"].as_str().unwrap_or_default().to_owned();
         self.look_at_beats().context(error.clone())?;
-        Ok(error)
+        Ok((error, events))
     }
 
     /// The guest's counters never go back.

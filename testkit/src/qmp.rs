@@ -193,6 +193,26 @@ impl Qmp {
         self.events.drain(..).collect()
     }
 
+    /// Whether an event of that name whose data pleases has come, or comes within `limit`. Events are kept.
+    ///
+    /// # Errors
+    /// The connection ended, or a reply comes that nobody asked for.
+    pub fn has_come(
+        &mut self,
+        name: &str,
+        pleases: impl Fn(&Value) -> bool,
+        limit: Duration,
+    ) -> anyhow::Result<bool> {
+        let deadline = Instant::now() + limit;
+        while !self.events.iter().any(|event| event["event"] == name && pleases(&event["data"])) {
+            let left = deadline.saturating_duration_since(Instant::now());
+            let Some(message) = self.try_read(left)? else { return Ok(false) };
+            ensure!(message.get("event").is_some(), "a reply that nobody asked for: {message}");
+            self.events.push_back(message);
+        }
+        Ok(true)
+    }
+
     /// Reads one message; none within `limit` is `None`.
     ///
     /// # Errors

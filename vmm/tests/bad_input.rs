@@ -79,8 +79,7 @@ impl Tried {
     fn fails(&mut self, uri: &str) -> anyhow::Result<(Vec<String>, String)> {
         self.vmm.qmp().take_events();
         self.vmm.qmp().execute("migrate", json!({ "uri": uri }))?;
-        let error = self.has_failed()?;
-        let events = self.vmm.qmp().take_events();
+        let (error, events) = self.failure()?;
         let brief = |event: &Value| {
             let status = event["data"]["status"].as_str();
             status.or(event["event"].as_str()).unwrap_or_default().to_owned()

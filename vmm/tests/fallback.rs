@@ -61,8 +61,7 @@ impl Failing {
     /// Waits for the failure of the update, which leaves the guest to this process; gives the error.
     fn fails(&mut self, process: Process) -> anyhow::Result<String> {
         self.failures += 1;
-        let error = self.has_failed()?;
-        let events = self.vmm.qmp().take_events();
+        let (error, events) = self.failure()?;
         let statuses: Vec<_> = events.iter().filter(|event| event["event"] == "MIGRATION").collect();
         let last = statuses.last().map(|event| event["data"]["status"].clone());
         ensure!(last == Some(json!("failed")), "events: {events:?}");
