@@ -12,7 +12,8 @@ use anyhow::{Context, bail, ensure};
 use serde_json::{Value, json};
 use tempfile::TempDir;
 
-use crate::{Guest, PATIENCE, Qmp, process};
+use crate::process::Census;
+use crate::{Guest, PATIENCE, Qmp, process, wait_for};
 
 /// The `cpr-vmm` that was built beside the running test or tool, in the same profile; `TESTKIT_CPR_VMM` names another.
 pub fn binary() -> PathBuf {
@@ -422,6 +423,18 @@ impl Vmm {
     pub fn begin_transfer(&mut self, target: &Path) -> anyhow::Result<()> {
         self.qmp().execute("migrate-set-parameters", json!({ "mode": "cpr-transfer" }))?;
         self.qmp().execute("migrate", Vmm::channels_to(target)).map(drop)
+    }
+
+    /// Counts what the process holds once the keeper of the last update is gone.
+    ///
+    /// # Errors
+    /// The keeper stays, or the process ends.
+    pub fn census(&mut self) -> anyhow::Result<Census> {
+        let pid = self.pid();
+        wait_for("the keeper's end", PATIENCE, || process::children(pid).ok()?.is_empty().then_some(()))?;
+        // Once round its loop, so that it has also closed what it watched the keeper by.
+        self.status()?;
+        Census::of(pid)
     }
 
     /// Transfers to `target`, waits until it has the guest, and gives its `query-migrate`.

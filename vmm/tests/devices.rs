@@ -21,7 +21,7 @@ use oslib::{cloexec, locks};
 use serde_json::json;
 use tempfile::TempDir;
 use testkit::network::{Links, ip};
-use testkit::process::{self, Census};
+use testkit::process;
 use testkit::{Machine, PATIENCE, Vmm, VmmBuilder, binary, need_kvm, need_network, wait_for};
 
 /// The locks of a program that writes to an image and allows no other writer, as QEMU has them: it reads (100), it writes
@@ -438,10 +438,8 @@ fn nothing_piles_up_over_twenty_updates() -> anyhow::Result<()> {
     let mut machine = backing.start(backing.builder())?;
     let mut watch = Watch::start(&backing, &mut machine)?;
     let mut census = |machine: &mut Machine| {
-        let pid = watch.look(machine)?;
-        // Once round its loop, so that it has also closed what it watched the keeper by.
-        machine.vmm.status()?;
-        Census::of(pid)
+        watch.look(machine)?;
+        machine.vmm.census()
     };
     let mut before = None;
     for update in 1..=20 {

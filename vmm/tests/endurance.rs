@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, ensure};
 use serde_json::{Value, json};
 use testkit::process::{self, Census};
-use testkit::{Guest, PATIENCE, Qmp, Vmm, VmmBuilder, need_kvm, wait_for};
+use testkit::{Guest, PATIENCE, Qmp, Vmm, VmmBuilder, need_kvm};
 use vmm_core::payload::field;
 
 /// Memory that the kernel's counters and the layout of the address space may add or hide, KiB.
@@ -28,10 +28,7 @@ fn alone() -> MutexGuard<'static, ()> {
 /// Counts when the keeper of the last update is gone and the guest has touched all of its pages again.
 fn settled(vmm: &mut Vmm, guest: &Guest, bytes: u64, seed: u64) -> anyhow::Result<Census> {
     guest.verify(bytes, seed)?;
-    wait_for("the keeper's end", PATIENCE, || process::children(vmm.pid()).ok()?.is_empty().then_some(()))?;
-    // Once round its loop, so that it has also closed what it watched the keeper by.
-    vmm.status()?;
-    Census::of(vmm.pid())
+    vmm.census()
 }
 
 /// Watches until `stop` that no vCPU's counter or clock steps back; gives how often it looked.
