@@ -15,7 +15,7 @@
 //! | files and guest memory, with the feature `guest-io` | `guest_io`, `uring` |
 //! | descriptors across processes | [`scm`], [`uds`] |
 //! | processes | [`pidfd`], [`process`], [`mod@spawn`], [`keeper`], [`cgroup`], [`seccomp`] |
-//! | packets | [`tap`]; with the feature `guest-io`, `packet` |
+//! | packets | [`tap`]; with the feature `guest-io`, `packet`, `vhost` |
 //! | wake-ups, signals, time, terminals | [`eventfd`], [`signals`], [`clock`], [`term`], [`stream`] |
 //! | randomness | [`random`] |
 //!
@@ -58,6 +58,8 @@ pub mod thread;
 pub mod uds;
 #[cfg(feature = "guest-io")]
 pub mod uring;
+#[cfg(feature = "guest-io")]
+pub mod vhost;
 
 mod mmap;
 mod retry;

@@ -172,6 +172,11 @@ impl Devices {
         Err(MachineError::Restless { devices: vec!["the I/O thread".into()], deadline })
     }
 
+    /// The thread rests, and the process is about to be replaced by an exec: devices let go of what the kernel keeps for it.
+    pub(crate) fn leave_process(&self) {
+        self.slots.values().for_each(|slot| slot.virtio.leave_process());
+    }
+
     /// The guest goes on, in this process.
     ///
     /// # Errors

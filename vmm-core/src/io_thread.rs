@@ -276,14 +276,20 @@ impl Source {
 pub(crate) struct Poller {
     epoll: Epoll,
     sources: BTreeMap<RawFd, Source>,
+    /// Of each device the queues whose doorbells others answer.
+    ignored: Vec<Vec<usize>>,
     events: [EpollEvent; BATCH],
 }
 
 impl Poller {
     /// Waits for `bell` and for the doorbells of these devices.
     pub(crate) fn new(devices: &[Arc<VirtioPci>], bell: &Bell) -> std::io::Result<Self> {
-        let mut poller =
-            Self { epoll: Epoll::new()?, sources: BTreeMap::new(), events: [EpollEvent::default(); BATCH] };
+        let mut poller = Self {
+            epoll: Epoll::new()?,
+            sources: BTreeMap::new(),
+            ignored: vec![Vec::new(); devices.len()],
+            events: [EpollEvent::default(); BATCH],
+        };
         poller.add(bell.0.as_raw_fd(), Source::Bell)?;
         for (index, device) in devices.iter().enumerate() {
             for (queue, doorbell) in device.doorbells().iter().enumerate() {
@@ -345,9 +351,10 @@ impl Poller {
         Ok(())
     }
 
-    /// Waits for what the device watches from now on.
+    /// Waits for what the device watches from now on, and for those of its doorbells that are ours to answer.
     fn look_at(&mut self, index: usize, device: &VirtioPci) {
-        device.watches(|watches| {
+        device.watches(|watches, ignored| {
+            self.ignore(index, device, ignored);
             let mut wanted: BTreeMap<RawFd, Source> = BTreeMap::new();
             for watch in watches {
                 let none = Source::Watched { index, read: None, write: None };
@@ -376,6 +383,28 @@ impl Poller {
                 }
             }
         });
+    }
+
+    fn ignore(&mut self, index: usize, device: &VirtioPci, queues: &[usize]) {
+        if self.ignored[index] == queues {
+            return;
+        }
+        for (queue, doorbell) in device.doorbells().iter().enumerate() {
+            let fd = doorbell.as_raw_fd();
+            match (self.ignored[index].contains(&queue), queues.contains(&queue)) {
+                (false, true) => {
+                    self.sources.remove(&fd);
+                    let _ = self.epoll.ctl(ControlOperation::Delete, fd, EpollEvent::default());
+                }
+                (true, false) => {
+                    if let Err(error) = self.add(fd, Source::Doorbell { index, queue }) {
+                        tracing::error!(%error, queue, "a doorbell of a device cannot be answered");
+                    }
+                }
+                _ => {}
+            }
+        }
+        self.ignored[index] = queues.to_vec();
     }
 
     fn wait(&mut self, timeout_ms: i32) -> Vec<Source> {

@@ -278,9 +278,10 @@ impl Machine {
     /// A vCPU that runs, or a thread that does not get there.
     pub fn rest_threads(&self) -> Result<(), MachineError> {
         self.vcpus.rest_threads()?;
-        self.devices
-            .as_ref()
-            .map_or(Ok(()), |devices| devices.rest(Instant::now() + RESTS_WITHIN, RESTS_WITHIN))
+        let Some(devices) = &self.devices else { return Ok(()) };
+        devices.rest(Instant::now() + RESTS_WITHIN, RESTS_WITHIN)?;
+        devices.leave_process();
+        Ok(())
     }
 
     /// Ends the rest of the threads, or starts a thread for each vCPU in the calling process, if that is not the one of

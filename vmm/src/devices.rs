@@ -7,16 +7,19 @@
 use std::collections::BTreeMap;
 use std::fs::File;
 use std::os::fd::OwnedFd;
+use std::sync::Arc;
 
 use anyhow::{Context, bail};
 use cpr_core::section::SectionType;
 use cpr_core::{Blocker, Blockers, FdKind, FdPolicy, FdRegistry, ModeSet};
+use oslib::vhost::Vhost;
 use vmm_core::block::{self, Image, ImageConfig};
 use vmm_core::machine::{Machine, PciConfig, PciDevice};
+use vmm_core::memory::GuestRam;
 use vmm_core::pci::{FunctionState, HostState};
 use vmm_core::virtio::block::{Aio, Block, BlockConfig, BlockState};
 use vmm_core::virtio::console::{self, Console, ConsoleState, HostEnd};
-use vmm_core::virtio::net::{Net, NetState, Settings, Tap};
+use vmm_core::virtio::net::{Net, NetState, Settings, Tap, check_vhost};
 use vmm_core::virtio::pci::VirtioState;
 use vmm_core::virtio::rng::{Rng, RngState, Source};
 use vmm_core::virtio::{self, SectionVersions, VirtioDevice};
@@ -24,7 +27,7 @@ use vmm_core::virtio::{self, SectionVersions, VirtioDevice};
 use crate::chardev::{Chardev, Output};
 use crate::cli::config::{
     self, BlkConfig, Config, DeviceConfig, DeviceKind, DriveConfig, NetConfig, NetdevConfig, RngSource,
-    SerialConfig, TapConfig,
+    SerialConfig, TapConfig, VhostConfig,
 };
 
 /// The host's ends of all ports of virtio consoles, by slot and number.
@@ -64,6 +67,7 @@ pub(crate) struct Backing<'a> {
     pub(crate) registry: &'a FdRegistry,
     /// Whether the guest comes with an update that brings its descriptors.
     pub(crate) has_arrived: bool,
+    pub(crate) ram: &'a GuestRam,
     pub(crate) chardevs: &'a [Chardev],
     pub(crate) consoles: &'a Consoles,
 }
@@ -131,8 +135,52 @@ impl Backing<'_> {
     }
 
     fn network(&self, net: &NetConfig) -> anyhow::Result<Net> {
-        let taps = self.taps(&net.netdev).with_context(|| format!("netdev '{}'", net.netdev.id))?;
-        Ok(Net::new(Settings { mac: net.mac.0, mtu: net.host_mtu }, taps))
+        let netdev = &net.netdev;
+        let in_netdev = || format!("netdev '{}'", netdev.id);
+        let taps = self.taps(netdev).with_context(in_netdev)?;
+        let device = Net::new(Settings { mac: net.mac.0, mtu: net.host_mtu }, taps);
+        let Some(vhost) = &netdev.vhost else { return Ok(device) };
+        let accelerators = self.accelerators(netdev, vhost).with_context(in_netdev)?;
+        Ok(device.accelerate(accelerators, matches!(vhost, VhostConfig::Inherited { .. }))?)
+    }
+
+    /// One for each queue.
+    fn accelerators(&self, netdev: &NetdevConfig, vhost: &VhostConfig) -> anyhow::Result<Vec<Vhost>> {
+        let accelerators: Vec<_> = match vhost {
+            VhostConfig::Opened => {
+                (0..netdev.queues()).map(|_| self.own_vhost()).collect::<anyhow::Result<_>>()?
+            }
+            VhostConfig::Inherited { fds } => {
+                let name = netdev.vhost_registry_name();
+                let one = |(queue, &fd)| self.vhost_of_others(&name, queue, fd);
+                (0..).zip(fds).map(one).collect::<anyhow::Result<_>>()?
+            }
+        };
+        accelerators.iter().try_for_each(check_vhost)?;
+        Ok(accelerators)
+    }
+
+    /// Claimed at once: it takes time, and the guest may be waiting later.
+    fn own_vhost(&self) -> anyhow::Result<Vhost> {
+        let mut vhost = Vhost::open()?;
+        vhost.claim(self.ram.memory())?;
+        Ok(vhost)
+    }
+
+    /// The one that has come with an update under this name, or that the program was started with. Whoever has it now, it
+    /// is claimed when a driver needs it.
+    fn vhost_of_others(&self, name: &str, queue: u64, fd: i32) -> anyhow::Result<Vhost> {
+        if let Some(arrived) = self.registry.find::<OwnedFd>(name, queue) {
+            return Ok(Vhost::adopt(arrived)?);
+        }
+        let mut vhost = Vhost::adopt(Arc::new(inherited(fd)?)).with_context(|| format!("descriptor {fd}"))?;
+        // To find out now whether it can be.
+        vhost
+            .claim(self.ram.memory())
+            .and_then(|()| vhost.release())
+            .with_context(|| format!("descriptor {fd}"))?;
+        self.registry.save(name, queue, FdKind::Other, FdPolicy::MayBeRebuilt, vhost.descriptor())?;
+        Ok(vhost)
     }
 
     fn taps(&self, netdev: &NetdevConfig) -> anyhow::Result<Vec<Tap>> {
@@ -148,10 +196,7 @@ impl Backing<'_> {
         let taps = match &netdev.tap {
             TapConfig::Named { name, queues } => Tap::open(Some(name), (*queues).into())?,
             TapConfig::Inherited { fds } => {
-                let take = |&fd| {
-                    oslib::inherited::take(fd).with_context(|| format!("descriptor {fd} was not passed on"))
-                };
-                Tap::from_fds(fds.iter().map(take).collect::<anyhow::Result<_>>()?)?
+                Tap::from_fds(fds.iter().map(|&fd| inherited(fd)).collect::<anyhow::Result<_>>()?)?
             }
         };
         for (queue, tap) in (0..).zip(&taps) {
@@ -178,6 +223,10 @@ impl Backing<'_> {
         let found = self.chardevs.iter().find(|other| other.id() == chardev);
         found.map(|chardev| chardev.output().clone()).unwrap_or_default()
     }
+}
+
+fn inherited(fd: i32) -> anyhow::Result<OwnedFd> {
+    oslib::inherited::take(fd).with_context(|| format!("descriptor {fd} was not passed on"))
 }
 
 fn did_not_arrive(name: &str) -> String {
@@ -234,6 +283,19 @@ fn check_backing(device: &DeviceConfig, guests: &virtio::Backing) -> anyhow::Res
         // Another device, which is a difference that is named as such.
         _ => Ok(()),
     }
+}
+
+/// Whether the kernel could carry packets where the command line has it do so.
+///
+/// # Errors
+/// The device that would have to do without.
+pub(crate) fn check_kernel(config: &Config) -> anyhow::Result<()> {
+    let opens = |netdev: &NetdevConfig| netdev.vhost == Some(VhostConfig::Opened);
+    let is_served =
+        |device: &&DeviceConfig| matches!(&device.kind, DeviceKind::Net(net) if opens(&net.netdev));
+    let Some(device) = config.devices.iter().find(is_served) else { return Ok(()) };
+    let checked = Vhost::open().map_err(anyhow::Error::from).and_then(|vhost| Ok(check_vhost(&vhost)?));
+    checked.with_context(|| device.describe())
 }
 
 /// The sections of bus and devices that this program reads.

@@ -230,6 +230,7 @@ impl Ram {
         let backing = Backing {
             registry: &host.services.registry,
             has_arrived: self.origin == RamOrigin::Registry,
+            ram: &self.ram,
             chardevs: host.chardevs,
             consoles: host.consoles,
         };

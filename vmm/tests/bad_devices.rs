@@ -48,8 +48,8 @@ fn mistakes_end_the_program_before_it_touches_anything() -> anyhow::Result<()> {
             "netdev 'n': property 'script': no script is run",
         ),
         (
-            &["-netdev", "tap,id=n,ifname=t,vhost=on"],
-            "netdev 'n': property 'vhost': vhost=on is not supported",
+            &["-netdev", "tap,id=n,fds=3:4,vhostfd=5"],
+            "netdev 'n': 1 vhost descriptors for 2 queues: pass one for each",
         ),
         (&["-M", "microvm-0.1", "-device", "virtio-rng-pci"], "machine type 'microvm-0.1' has no PCI bus"),
     ] {
@@ -364,6 +364,50 @@ fn a_tap_that_was_renamed_or_vanished_is_refused() -> anyhow::Result<()> {
     let vmm = VmmBuilder::new().args(&options).incoming(&uri).start()?;
     vmm.guest()?.beats_on(0)?;
     vmm.quit()
+}
+
+#[test]
+fn vhost_that_cannot_be_had_is_refused() -> anyhow::Result<()> {
+    need_kvm!();
+    need_network!();
+    skip_unless!(!std::path::Path::new("/dev/vhost-net").exists(), "this kernel has vhost-net");
+    ip("tuntap add dev t0 mode tap vnet_hdr")?;
+    let device = ["-device", "virtio-net-pci,netdev=n0"];
+    let expected = ["/dev/vhost-net cannot be opened: load the module 'vhost_net'", "say vhost=off"];
+    let said = Start::new()?.fails(&[&["-netdev", "tap,id=n0,ifname=t0,vhost=on"], &device[..]].concat())?;
+    all_in(&said, &["netdev 'n0': "])?;
+    all_in(&said, &expected)?;
+    let file = fs::File::open("/dev/null")?;
+    cloexec::clear(&file)?;
+    let fd = file.as_raw_fd();
+    for (fd, expected) in [
+        (77, "netdev 'n0': descriptor 77 was not passed on".to_owned()),
+        (fd, format!("netdev 'n0': descriptor {fd}: the descriptor is not one of /dev/vhost-net")),
+    ] {
+        let backend = format!("tap,id=n0,ifname=t0,vhostfd={fd}");
+        let said = Start::new()?.fails(&[&["-netdev", &backend], &device[..]].concat())?;
+        all_in(&said, &[&expected])?;
+    }
+
+    let options = [&["-netdev", "tap,id=n0,ifname=t0"], &device[..]].concat();
+    let mut machine = Machine::start(VmmBuilder::new().args(&options))?;
+    let command = machine.vmm.exec_command("memfd:").into_iter();
+    let command: Vec<_> = command.map(|word| word.replace("ifname=t0", "ifname=t0,vhost=on")).collect();
+    let pid = machine.runner()?;
+    machine.begin(&command, "memfd:")?;
+    let error = machine.has_failed()?;
+    all_in(&error, &["preflight"])?;
+    all_in(&error, &expected)?;
+    ensure!(machine.runner()? == pid);
+    // Nobody is asked.
+    machine.vmm.set_preflight("off")?;
+    machine.begin(&command, "memfd:")?;
+    all_in(&machine.has_failed()?, &expected)?;
+    machine.runner()?;
+    machine.verify()?;
+    machine.vmm.update()?;
+    machine.runner()?;
+    end(machine.vmm)
 }
 
 /// Ends the program, in whatever process it is by now.

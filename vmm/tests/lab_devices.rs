@@ -8,12 +8,14 @@
 use std::fs::{self, File};
 use std::io::{ErrorKind, Read};
 use std::net::TcpListener;
+use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, ensure};
+use oslib::vhost::{Vhost, VhostError};
 use tempfile::TempDir;
 use testkit::blocks::{self, BLOCK_BYTES};
 use testkit::lab::{
@@ -21,6 +23,8 @@ use testkit::lab::{
 };
 use testkit::process::{SIGINT, send_signal};
 use testkit::{Console, PATIENCE, need_lab};
+use vmm_core::memory::{Backend, BackendConfig, BackendKind, GuestRam};
+use vmm_core::virtio::net::check_vhost;
 
 const UPDATES: u32 = 6;
 
@@ -209,8 +213,7 @@ impl Tap {
     const NAME: &str = "tap0";
     const HOST: &str = "10.11.0.1";
     const GUEST: &str = "10.11.0.2";
-    const OPTIONS: [&str; 4] =
-        ["-netdev", "tap,id=n0,ifname=tap0,script=no,downscript=no", "-device", "virtio-net-pci,netdev=n0"];
+    const NETDEV: &str = "tap,id=n0,ifname=tap0,script=no,downscript=no";
 
     fn make() -> anyhow::Result<Tap> {
         for line in [
@@ -302,21 +305,146 @@ fn answers(printed: &str) -> anyhow::Result<(usize, usize, Duration)> {
     Ok((answers.len(), highest - answers.len(), Duration::from_secs_f64(gaps.fold(0.0, f64::max))))
 }
 
+/// Who carries packets between the guest and the tap.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Carrier {
+    /// The program that runs the guest.
+    Program,
+    /// vhost-net, which each program opens.
+    Kernel,
+    /// vhost-net, by a descriptor that the first program was started with.
+    Passed,
+}
+
+/// Opens the descriptor of [`Carrier::Passed`], unless an update has brought it, and becomes the program.
+const PASS_VHOST: &str =
+    "#!/bin/bash\n[ -e /proc/self/fd/9 ] || exec 9<>/dev/vhost-net\nexec \"$VMM\" \"$@\"\n";
+
+impl Carrier {
+    fn netdev(self) -> String {
+        let vhost = match self {
+            Carrier::Program => "vhost=off",
+            Carrier::Kernel => "vhost=on",
+            Carrier::Passed => "vhost=on,vhostfd=9",
+        };
+        format!("{},{vhost}", Tap::NETDEV)
+    }
+
+    fn boot(self, under: Under, lab: Lab, cpus: u8, folder: &Path) -> anyhow::Result<Linux> {
+        let netdev = self.netdev();
+        let device = ["-netdev", &netdev, "-device", "virtio-net-pci,netdev=n0"];
+        // The kernel's thread is not hindered by what is denied to the program.
+        let sandbox = match self {
+            Carrier::Kernel => {
+                &["-sandbox", "on,obsolete=deny,elevateprivileges=deny,resourcecontrol=deny"][..]
+            }
+            Carrier::Program | Carrier::Passed => &[],
+        };
+        let devices = [&device[..], sandbox].concat();
+        if self != Carrier::Program {
+            // Others do without, and with emulated CPUs a module takes a while.
+            good(Command::new("modprobe").arg("vhost_net"))?;
+        }
+        let (Carrier::Passed, Under::Updates(mode)) = (self, under) else {
+            return under.boot(lab, cpus, &devices);
+        };
+        let script = folder.join("pass-vhost");
+        fs::write(&script, PASS_VHOST)?;
+        fs::set_permissions(&script, fs::Permissions::from_mode(0o755))?;
+        let vmm = lab.vmm.display().to_string();
+        Boot::new(&lab, mode, cpus).program(script, &[("VMM", &vmm)]).args(&devices).boot(lab)
+    }
+
+    /// The program's I/O thread reads and writes packets, or nothing but eventfds of 8 bytes; and the kernel's thread is there,
+    /// or not.
+    fn carries(self, pid: u32) -> anyhow::Result<()> {
+        let by_kernel = self != Carrier::Program;
+        let tasks = fs::read_dir(format!("/proc/{pid}/task"))?.map(|task| Ok(task?.path()));
+        let tasks = tasks.collect::<std::io::Result<Vec<_>>>()?;
+        let named = |name: &str| tasks.iter().find(|task| is_named(task, name));
+        ensure!(named("vhost-").is_some() == by_kernel, "threads of vhost: {:?}", named("vhost-"));
+        let io = fs::read_to_string(named("io").context("no I/O thread")?.join("io"))?;
+        let count = |key: &str| -> anyhow::Result<u64> {
+            let value = io.lines().find_map(|line| line.strip_prefix(key)?.strip_prefix(": "));
+            Ok(value.with_context(|| format!("no {key} in {io}"))?.parse()?)
+        };
+        let only_eventfds = count("rchar")? <= 8 * count("syscr")? && count("wchar")? <= 8 * count("syscw")?;
+        ensure!(only_eventfds == by_kernel, "the I/O thread: {io}");
+        Ok(())
+    }
+}
+
+fn is_named(task: &Path, prefix: &str) -> bool {
+    fs::read_to_string(task.join("comm")).is_ok_and(|name| name.starts_with(prefix))
+}
+
 fn network(under: Under, cpus: u8) -> anyhow::Result<()> {
+    network_by(under, cpus, Carrier::Program, |linux| under.happen(linux))
+}
+
+/// As [`network`], with packets that the kernel carries.
+fn vhost(under: Under, cpus: u8, by: Carrier) -> anyhow::Result<()> {
+    repeated(|| {
+        network_by(under, cpus, by, |linux| {
+            by.carries(linux.vmm.pid())?;
+            under.happen(linux)
+        })
+    })
+}
+
+/// A run in which the emulated CPUs broke the guest says nothing, and is repeated, twice at most.
+fn repeated(run: impl Fn() -> anyhow::Result<()>) -> anyhow::Result<()> {
+    for _ in 0..2 {
+        match run() {
+            Err(error) if format!("{error:#}").contains("triple fault") => {
+                println!("  AGAIN, as the emulator may be to blame: {error:#}");
+            }
+            result => return result,
+        }
+    }
+    run()
+}
+
+fn network_by(
+    under: Under,
+    cpus: u8,
+    by: Carrier,
+    happen: impl FnOnce(&mut Linux) -> anyhow::Result<()>,
+) -> anyhow::Result<()> {
     let lab = need_lab!();
     let tap = Tap::make()?;
-    let mut linux = under.boot(lab, cpus, &Tap::OPTIONS)?;
+    let folder = tempfile::tempdir()?;
+    let mut linux = by.boot(under, lab, cpus, folder.path())?;
+    let carried = carry(&mut linux, &tap, under, by, happen);
+    carried.with_context(|| format!("the VMM said: {}", linux.said()))?;
+    linux.shell.type_line("poweroff -f")?;
+    linux.ends("guest-shutdown")
+}
+
+fn carry(
+    linux: &mut Linux,
+    tap: &Tap,
+    under: Under,
+    by: Carrier,
+    happen: impl FnOnce(&mut Linux) -> anyhow::Result<()>,
+) -> anyhow::Result<()> {
     let set = linux.run(&format!("ifconfig eth0 {} netmask 255.255.255.0 up && echo up", Tap::GUEST))?;
     ensure!(set == "up", "{set}");
     let ping = format!("ping -c 1 -W 10 {} > /dev/null && echo there", Tap::HOST);
     ensure!(linux.run(&ping)? == "there", "the guest does not reach us: {}", linux.run("ifconfig -a")?);
-    remember_log(&mut linux)?;
+    remember_log(linux)?;
     let carrier = tap.carrier_changes()?;
     let listener = TcpListener::bind((Tap::HOST, 0))?;
     let send = format!("send 600 {}", listener.local_addr()?);
     let stream = receive(listener);
     let ping = Ping::start()?;
-    let printed = watched(&mut linux, &[&send], COMMAND_LIMIT, |linux| under.happen(linux))?;
+    let printed = watched(linux, &[&send], COMMAND_LIMIT, |linux| {
+        happen(linux)?;
+        match under {
+            Under::Updates(_) => by.carries(linux.vmm.pid()),
+            Under::Qemu => Ok(()),
+        }
+    })?;
     let (answered, unanswered, longest) = ping.end()?;
     let stream = stream.join().ok().context("the receiver panicked")??;
 
@@ -327,14 +455,12 @@ fn network(under: Under, cpus: u8) -> anyhow::Result<()> {
     // The last one may be under way when ping is ended.
     ensure!(unanswered <= 1, "{unanswered} pings of {} had no answer", answered + unanswered);
     ensure!(tap.carrier_changes()? == carrier, "the link went down meanwhile");
-    log_has_nothing_new(&mut linux)?;
+    log_has_nothing_new(linux)?;
     linux.lab.note(&format!(
         "{} bytes over TCP, longest gap {:?}; {answered} pings answered, {unanswered} not, longest gap {longest:?}",
         stream.last * 8,
         stream.longest_gap,
-    ))?;
-    linux.shell.type_line("poweroff -f")?;
-    linux.ends("guest-shutdown")
+    ))
 }
 
 #[test]
@@ -357,6 +483,78 @@ fn network_with_four_vcpus_by_transfer() -> anyhow::Result<()> {
 #[test]
 fn network_with_one_vcpu_by_transfer() -> anyhow::Result<()> {
     network(Under::Updates(Mode::Transfer), 1)
+}
+
+#[test]
+fn network_by_vhost_with_one_vcpu_by_exec() -> anyhow::Result<()> {
+    vhost(Under::Updates(Mode::Exec), 1, Carrier::Kernel)
+}
+
+#[test]
+#[ignore = "in cargo xtask lab test --all"]
+fn network_by_vhost_with_four_vcpus_by_exec() -> anyhow::Result<()> {
+    vhost(Under::Updates(Mode::Exec), 4, Carrier::Kernel)
+}
+
+#[test]
+#[ignore = "in cargo xtask lab test --all"]
+fn network_by_vhost_with_one_vcpu_by_transfer() -> anyhow::Result<()> {
+    vhost(Under::Updates(Mode::Transfer), 1, Carrier::Kernel)
+}
+
+#[test]
+#[ignore = "in cargo xtask lab test --all"]
+fn network_by_vhost_with_four_vcpus_by_transfer() -> anyhow::Result<()> {
+    vhost(Under::Updates(Mode::Transfer), 4, Carrier::Kernel)
+}
+
+#[test]
+#[ignore = "in cargo xtask lab test --all"]
+fn network_by_a_passed_vhost_by_exec() -> anyhow::Result<()> {
+    vhost(Under::Updates(Mode::Exec), 1, Carrier::Passed)
+}
+
+#[test]
+#[ignore = "in cargo xtask lab test --all"]
+fn network_by_a_passed_vhost_by_transfer() -> anyhow::Result<()> {
+    vhost(Under::Updates(Mode::Transfer), 1, Carrier::Passed)
+}
+
+/// What hand-overs of passed descriptors rely on.
+#[test]
+fn vhost_has_one_owner_at_a_time() -> anyhow::Result<()> {
+    let _lab = need_lab!();
+    good(Command::new("modprobe").arg("vhost_net"))?;
+    let kind = BackendKind::Memfd { share: true, hugetlb: None };
+    let ram = Backend::create(BackendConfig { id: "ram".into(), size: 1 << 20, kind })?;
+    let ram = GuestRam::map(&ram)?;
+    let mut vhost = Vhost::open()?;
+    check_vhost(&vhost)?;
+    let mut other = Vhost::adopt(vhost.descriptor().clone())?;
+    vhost.claim(ram.memory())?;
+    ensure!(matches!(other.claim(ram.memory()), Err(VhostError::InUse)) && !other.is_claimed());
+    vhost.release()?;
+    other.claim(ram.memory())?;
+    drop(other);
+    Ok(vhost.claim(ram.memory())?)
+}
+
+/// Each update has the other carrier than the program before.
+#[test]
+#[ignore = "in cargo xtask lab test --all"]
+fn network_by_vhost_and_without_in_turns() -> anyhow::Result<()> {
+    let turns = |linux: &mut Linux| {
+        for by in [Carrier::Program, Carrier::Kernel].into_iter().cycle().take(UPDATES as usize) {
+            std::thread::sleep(Duration::from_millis(500));
+            let command = linux.vmm.exec_command("memfd:").into_iter();
+            let netdev = |word: String| if word.starts_with(Tap::NETDEV) { by.netdev() } else { word };
+            linux.exec(&command.map(netdev).collect::<Vec<_>>(), "memfd:")?;
+            std::thread::sleep(Duration::from_millis(500));
+            by.carries(linux.vmm.pid())?;
+        }
+        Ok(())
+    };
+    repeated(|| network_by(Under::Updates(Mode::Exec), 1, Carrier::Kernel, turns))
 }
 
 #[test]

@@ -97,6 +97,7 @@ pub(crate) fn seeds() -> Vec<Vec<u8>> {
         "-blockdev raw,node-name=n,file=f,read-only=on -blockdev file,node-name=f,filename=/i,cache.no-flush=on,discard=unmap -device virtio-blk-pci,drive=n",
         "-blockdev {\"driver\":\"raw\",\"node-name\":\"n\",\"file\":{\"driver\":\"file\",\"filename\":\"/i\",\"aio\":\"io_uring\"}} -device {\"driver\":\"virtio-blk-pci\",\"drive\":\"n\",\"num-queues\":4}",
         "-netdev tap,id=n,ifname=t,script=no,downscript=no,queues=2,vnet_hdr=on,vhost=off -device virtio-net-pci,netdev=n,mq=on,vectors=6,mac=52:54:00:12:34:56",
+        "-netdev tap,id=n,fds=3:4,vhost=on,vhostfds=5:6 -nic tap,ifname=t,vhostfd=7 -device virtio-net-pci,netdev=n",
         "-netdev tap,id=n,fds=3:4 -netdev tap,id=m,fd=5 -device virtio-net-pci,netdev=n,host_mtu=9000,csum=off -device virtio-net-pci,netdev=m,guest_tso4=off,mrg_rxbuf=off",
         "-nic tap,ifname=t,mac=02:00:00:00:00:01 -nic tap,fd=9,model=virtio-net-pci -nic none",
         "-object rng-random,id=r,filename=/dev/random -object rng-builtin,id=b -device virtio-rng-pci,rng=r -device virtio-rng-pci,rng=b",

@@ -120,6 +120,31 @@ fn the_thread_serves_while_the_guest_runs_and_then_alone() {
 }
 
 #[test]
+fn doorbells_that_others_answer_are_left_alone() {
+    let bench = Bench::new(Loopback::new());
+    bench.devices.go_on().unwrap();
+    start(&bench.mmio);
+    bench.ask(1);
+    bench.is_served(1);
+    let be_deaf = |deaf| {
+        bench.remote.deaf.store(deaf, Ordering::SeqCst);
+        let asked = bench.remote.asked.load(Ordering::SeqCst);
+        // Anything that makes the thread look at the device.
+        Bar(&bench.mmio).write(0x2000, &[0]);
+        wait_for("a look at the device", || bench.remote.asked.load(Ordering::SeqCst) > asked);
+    };
+    for round in [2, 3] {
+        be_deaf(true);
+        bench.ask(round);
+        std::thread::sleep(Duration::from_millis(5));
+        assert_eq!(used(bench.memory()), u16::from(round) - 1, "served although others do");
+        // The bell has rung meanwhile, and is still ringing.
+        be_deaf(false);
+        bench.is_served(round.into());
+    }
+}
+
+#[test]
 fn a_thread_that_was_lost_is_replaced() {
     let bench = Bench::new(Loopback::new());
     bench.devices.go_on().unwrap();

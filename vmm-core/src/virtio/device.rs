@@ -3,9 +3,11 @@
 use std::fmt;
 use std::ops::RangeInclusive;
 use std::os::fd::BorrowedFd;
+use std::sync::Arc;
 
 use cpr_core::error::BoxError;
 use cpr_core::frame::{Frame, FrameWriter};
+use oslib::eventfd::EventFd;
 use serde::{Deserialize, Serialize};
 
 use super::Driver;
@@ -120,6 +122,10 @@ pub trait VirtioDevice: Send {
     /// The most entries of each queue, powers of two.
     fn queue_sizes(&self) -> Vec<u16>;
 
+    /// The doorbell of each queue, which it has for as long as it is there; told once, before everything else. For who has
+    /// somebody else listen to them: see [`served_elsewhere`](Self::served_elsewhere).
+    fn hear_doorbells(&mut self, _doorbells: &Arc<[EventFd]>) {}
+
     /// Reads configuration space at `offset`. Bytes beyond its end read as zero.
     fn read_config(&self, offset: usize, data: &mut [u8]);
 
@@ -149,6 +155,12 @@ pub trait VirtioDevice: Send {
         Vec::new()
     }
 
+    /// The queues whose doorbells others listen to, such as the kernel: [`queue_ready`](Self::queue_ready) is not called when
+    /// they ring. Asked for after every call.
+    fn served_elsewhere(&self) -> Vec<usize> {
+        Vec::new()
+    }
+
     /// A watched descriptor is ready, or was a moment ago.
     ///
     /// # Errors
@@ -173,6 +185,10 @@ pub trait VirtioDevice: Send {
     fn settle_on_host(&mut self) -> Result<(), BoxError> {
         Ok(())
     }
+
+    /// The process is about to be replaced by an exec, while another one has its memory and descriptors: lets go of what the
+    /// kernel keeps for a process. The device is at rest; when the guest goes on, here or there, it takes what it needs again.
+    fn leave_process(&mut self) {}
 
     /// The guest goes on, here, with everything that [`drain`](Self::drain) left undone: after a stop, a refused update, or in the
     /// target. Queues are offered again by [`queue_ready`](Self::queue_ready) afterwards.

@@ -34,6 +34,10 @@ pub(crate) struct Remote {
     pub(crate) woken: AtomicBool,
     /// Chains are completed only by a drain, or when the descriptor is ready.
     pub(crate) slow: AtomicBool,
+    /// Others listen to the doorbell of queue 0.
+    pub(crate) deaf: AtomicBool,
+    /// How often it was asked about that.
+    pub(crate) asked: AtomicUsize,
 }
 
 /// Answers each buffer with the bytes inverted: queue 0 in the same chain, queue 1 not at all.
@@ -152,6 +156,11 @@ impl VirtioDevice for Loopback {
     fn watches(&self) -> Vec<Watch<'_>> {
         let watch = |fd| Watch { fd, token: 7, direction: Direction::Read };
         self.watched.iter().map(|fd| watch(fd.as_fd())).collect()
+    }
+
+    fn served_elsewhere(&self) -> Vec<usize> {
+        self.remote.asked.fetch_add(1, Ordering::SeqCst);
+        if self.remote.deaf.load(Ordering::SeqCst) { vec![0] } else { Vec::new() }
     }
 
     fn fd_ready(&mut self, driver: &mut Driver, token: WatchToken) -> Result<(), Broken> {

@@ -83,10 +83,11 @@ pub(super) fn network(devices: &[DeviceConfig]) -> Value {
 }
 
 fn tap(netdev: &NetdevConfig) -> String {
+    let vhost = if netdev.vhost.is_some() { ",vhost=on" } else { "" };
     match &netdev.tap {
-        TapConfig::Named { name, .. } => format!("type=tap,ifname={name}"),
-        TapConfig::Inherited { fds } if fds.len() == 1 => "type=tap,by descriptor".into(),
-        TapConfig::Inherited { .. } => "type=tap,by descriptors".into(),
+        TapConfig::Named { name, .. } => format!("type=tap,ifname={name}{vhost}"),
+        TapConfig::Inherited { fds } if fds.len() == 1 => format!("type=tap,by descriptor{vhost}"),
+        TapConfig::Inherited { .. } => format!("type=tap,by descriptors{vhost}"),
     }
 }
 
@@ -106,7 +107,7 @@ mod tests {
     fn what_the_command_line_says_is_told() {
         let devices = devices(
             "-drive file=/i,if=none,id=d,format=raw,readonly=on,cache=unsafe -device virtio-blk-pci,drive=d,id=disk0,addr=3 \
-             -netdev tap,id=n,ifname=t,queues=2 -device virtio-net-pci,netdev=n -nic tap,fd=9",
+             -netdev tap,id=n,ifname=t,queues=2 -device virtio-net-pci,netdev=n -nic tap,fd=9,vhost=on",
         );
         let block = block(&devices);
         assert_eq!(block.as_array().map(Vec::len), Some(1));
@@ -126,7 +127,7 @@ mod tests {
         let network = network(&devices);
         assert_eq!(network[0]["peer"], "type=tap,ifname=t");
         assert_eq!(network[0]["queues"], 2);
-        assert_eq!(network[1]["peer"], "type=tap,by descriptor");
+        assert_eq!(network[1]["peer"], "type=tap,by descriptor,vhost=on");
         assert_eq!(network[1]["mac"], "52:54:00:12:34:57");
     }
 

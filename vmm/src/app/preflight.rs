@@ -224,7 +224,9 @@ fn manifest_with(config: &Config, moves_out: bool, backings: Vec<(u8, Backing)>)
 
 /// Whether a program with this command line could take over, here, what `manifest` shows; `catalogue` has what the mode reads.
 pub fn judge(config: &Config, manifest: &Manifest, catalogue: SectionCatalogue) -> Verdict {
-    let kernel = check_kvm(config).and_then(|()| sandbox::check(config.sandbox));
+    let kernel = check_kvm(config)
+        .and_then(|()| devices::check_kernel(config))
+        .and_then(|()| sandbox::check(config.sandbox));
     judge_shown(config, manifest, catalogue, [kernel, check_room(&config.memory)])
 }
 

@@ -1,6 +1,6 @@
 //! `-netdev`: tap devices of the host by their ids.
 
-use super::config::{MAX_QUEUES, NetdevConfig, TapConfig};
+use super::config::{MAX_QUEUES, NetdevConfig, TapConfig, VhostConfig};
 use super::given::{Given, known};
 
 /// The longest name of a network interface, in bytes: IFNAMSIZ of netdevice(7) less the closing zero.
@@ -10,8 +10,40 @@ const MAX_INTERFACE_NAME: usize = 15;
 pub(super) fn netdev(mut given: Given) -> Result<NetdevConfig, String> {
     check_type(&given.required("type")?)?;
     let id = given.id()?.ok_or("property 'id' is missing")?;
-    let tap = tap(given).map_err(|reason| format!("netdev '{id}': {reason}"))?;
-    Ok(NetdevConfig { id, tap })
+    let in_netdev = |reason| format!("netdev '{id}': {reason}");
+    let vhost = vhost(&mut given).map_err(in_netdev)?;
+    let tap = tap(given).map_err(in_netdev)?;
+    let config = NetdevConfig { id: id.clone(), tap, vhost };
+    check_vhost(&config).map_err(in_netdev)?;
+    Ok(config)
+}
+
+/// As in QEMU, descriptors alone mean on.
+fn vhost(given: &mut Given) -> Result<Option<VhostConfig>, String> {
+    let fds = match (given.text("vhostfd"), given.text("vhostfds")) {
+        (Some(_), Some(_)) => return Err("properties 'vhostfd' and 'vhostfds' exclude each other".into()),
+        (Some(fd), None) => Some(("vhostfd", vec![descriptor("vhostfd", &fd)?])),
+        (None, Some(fds)) => Some(("vhostfds", descriptors("vhostfds", &fds)?)),
+        (None, None) => None,
+    };
+    match (given.switch("vhost")?, fds) {
+        (Some(false), Some((key, _))) => Err(format!("property '{key}': is of no use with vhost=off")),
+        (_, Some((_, fds))) => Ok(Some(VhostConfig::Inherited { fds })),
+        (Some(true), None) => Ok(Some(VhostConfig::Opened)),
+        (_, None) => Ok(None),
+    }
+}
+
+fn check_vhost(config: &NetdevConfig) -> Result<(), String> {
+    let (queues, fds) = (config.queues(), vhost_fds(config));
+    if fds.is_empty() || fds.len() == usize::from(queues) {
+        return Ok(());
+    }
+    let found = fds.len();
+    Err(format!(
+        "{found} vhost descriptors for {queues} queues: pass one for each by vhostfds=N:M:... or have the program open \
+         them (vhost=on)"
+    ))
 }
 
 fn check_type(kind: &str) -> Result<(), String> {
@@ -33,19 +65,13 @@ fn tap(mut given: Given) -> Result<TapConfig, String> {
             ));
         }
     }
-    if given.switch("vhost")?.unwrap_or(false) {
-        return Err(
-            "property 'vhost': vhost=on is not supported; packets go through this program, say vhost=off"
-                .into(),
-        );
-    }
     if !given.switch("vnet_hdr")?.unwrap_or(true) {
         return Err("property 'vnet_hdr': off is not supported: packets have headers; leave it out".into());
     }
     let fds = match (given.text("fd"), given.text("fds")) {
         (Some(_), Some(_)) => return Err("properties 'fd' and 'fds' exclude each other".into()),
         (Some(fd), None) => Some(("fd", vec![descriptor("fd", &fd)?])),
-        (None, Some(fds)) => Some(("fds", descriptors(&fds)?)),
+        (None, Some(fds)) => Some(("fds", descriptors("fds", &fds)?)),
         (None, None) => None,
     };
     if let Some((key, fds)) = fds {
@@ -75,10 +101,10 @@ fn check_interface_name(name: &str) -> Result<(), String> {
     Ok(())
 }
 
-fn descriptors(text: &str) -> Result<Vec<i32>, String> {
-    let fds = text.split(':').map(|fd| descriptor("fds", fd)).collect::<Result<Vec<_>, _>>()?;
+fn descriptors(key: &str, text: &str) -> Result<Vec<i32>, String> {
+    let fds = text.split(':').map(|fd| descriptor(key, fd)).collect::<Result<Vec<_>, _>>()?;
     if fds.len() > usize::from(MAX_QUEUES) {
-        return Err(format!("property 'fds': {} descriptors are too many (1 to {MAX_QUEUES})", fds.len()));
+        return Err(format!("property '{key}': {} descriptors are too many (1 to {MAX_QUEUES})", fds.len()));
     }
     Ok(fds)
 }
@@ -142,9 +168,18 @@ impl Netdevs {
     }
 }
 
-fn inherited(config: &NetdevConfig) -> &[i32] {
-    match &config.tap {
+/// The descriptors that the program was started with for this backend.
+fn inherited(config: &NetdevConfig) -> Vec<i32> {
+    let taps: &[i32] = match &config.tap {
         TapConfig::Inherited { fds } => fds,
         TapConfig::Named { .. } => &[],
+    };
+    [taps, vhost_fds(config)].concat()
+}
+
+fn vhost_fds(config: &NetdevConfig) -> &[i32] {
+    match &config.vhost {
+        Some(VhostConfig::Inherited { fds }) => fds,
+        Some(VhostConfig::Opened) | None => &[],
     }
 }

@@ -41,6 +41,8 @@ impl Net {
             };
             let head = chain.head_index();
             let written = self.answer(driver, chain, &memory);
+            // Other pairs may take part now.
+            self.update_kernel(driver)?;
             driver.give_back(queue, head, written)?;
             given_back = true;
         }

@@ -43,7 +43,7 @@ const GUEST: [(u32, Offloads); 5] = [
 ];
 
 /// The bits of these features.
-fn bits(features: impl IntoIterator<Item = u32>) -> u64 {
+pub(super) fn bits(features: impl IntoIterator<Item = u32>) -> u64 {
     features.into_iter().fold(0, |bits, feature| bits | 1 << feature)
 }
 

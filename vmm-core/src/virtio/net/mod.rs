@@ -2,7 +2,7 @@
 //!
 //! Packets go between the tap and the driver's buffers without a copy, with the header that virtio and taps have in common.
 //! An update keeps the tap's descriptors and sets nothing anew: what the network sends meanwhile waits in the interface's queue.
-//! The device filters nothing and announces nothing; it has no vhost.
+//! The device filters nothing and announces nothing. The kernel may serve its queues instead (`vhost.rs`).
 
 mod control;
 mod features;
@@ -12,13 +12,17 @@ mod ring;
 mod state;
 mod tap;
 mod transmit;
+mod vhost;
 
 #[cfg(test)]
 mod tests;
 
 use std::fmt;
 use std::io;
+use std::os::fd::AsFd;
+use std::sync::Arc;
 
+use oslib::eventfd::EventFd;
 use virtio_bindings::virtio_config::VIRTIO_F_VERSION_1;
 use virtio_bindings::virtio_ids::VIRTIO_ID_NET;
 use virtio_bindings::virtio_net::{
@@ -26,12 +30,14 @@ use virtio_bindings::virtio_net::{
 };
 use virtio_queue::QueueT;
 
+use self::vhost::{Accelerated, told};
 use super::{Broken, Class, Direction, Drained, Driver, Persistent, VirtioDevice, Watch, WatchToken};
 use crate::guest_log::warn_of_guest;
 
 pub use link::Link;
 pub use state::NetState;
 pub use tap::{NetError, Tap};
+pub use vhost::{Accelerator, VhostUnfit, check_vhost};
 
 /// An Ethernet address.
 pub type MacAddress = [u8; 6];
@@ -53,6 +59,11 @@ const QUEUE_SIZE: u16 = 256;
 /// Entries of the control queue.
 const CONTROL_QUEUE_SIZE: u16 = 64;
 
+/// What is watched beside taps, whose tokens are numbers of queues: what a queue served by the kernel calls by, and what tells
+/// of errors of a pair. The number of the queue, or that of the pair's first, is added.
+const CALL: WatchToken = 1 << 16;
+const ERROR: WatchToken = 2 << 16;
+
 /// What a device is like, apart from its taps.
 #[derive(Debug, Clone, Copy)]
 pub struct Settings {
@@ -66,6 +77,8 @@ pub struct Settings {
 /// Two virtio queues, for receiving and for sending, and what they are connected to.
 struct Pair {
     link: Box<dyn Link>,
+    /// The kernel, if it is to serve the queues.
+    accelerated: Option<Accelerated>,
     /// A packet that has been read and that the driver had no buffers for.
     held: Option<Vec<u8>>,
     /// The driver has buffers, as far as is known: packets are waited for.
@@ -80,6 +93,53 @@ impl Pair {
     fn lose(&mut self, reason: impl fmt::Display) {
         tracing::warn!(link = ?self.link, %reason, "the network of the guest is gone");
         self.gone = true;
+    }
+
+    /// What is to be watched for the pair whose first queue is number `first` of the device.
+    fn watches(&self, first: usize) -> impl Iterator<Item = Watch<'_>> {
+        let watch = |fd, token, direction| Watch { fd, token, direction };
+        let receive = first as WatchToken;
+        let by_us = self.accelerated.is_none();
+        // Of what is gone there is nothing to read, and epoll(7) would say so without end.
+        let reads = by_us && self.receiving && !self.gone;
+        let read = reads.then(|| watch(self.link.fd(), receive, Direction::Read));
+        let write = (by_us && self.sending).then(|| watch(self.link.fd(), receive + 1, Direction::Write));
+        let kernel = self.accelerated.iter().flat_map(move |kernel| {
+            let bells = [(kernel.call(0), CALL), (kernel.call(1), CALL + 1), (kernel.error(), ERROR)];
+            bells.map(|(bell, token)| watch(bell.as_fd(), token + receive, Direction::Read))
+        });
+        [read, write].into_iter().flatten().chain(kernel)
+    }
+
+    fn is_served_by_kernel(&self, queue: usize) -> bool {
+        self.accelerated.as_ref().is_some_and(|kernel| kernel.serves(queue % 2))
+    }
+
+    /// Has the kernel serve `queue` from now on, once a packet that waits here is with the driver. Returns whether that is so,
+    /// or will be. If the kernel cannot, the device does it.
+    fn leave_to_kernel(
+        &mut self,
+        driver: &mut Driver,
+        queue: usize,
+        doorbells: &[EventFd],
+        rest: &mut [u8],
+    ) -> Result<bool, Broken> {
+        if self.accelerated.is_some() && queue.is_multiple_of(2) && self.held.is_some() {
+            self.receive(driver, queue, rest)?;
+            if self.held.is_some() {
+                return Ok(true);
+            }
+        }
+        let Some(kernel) = &mut self.accelerated else { return Ok(false) };
+        let Err(error) = kernel.start(driver, queue, &doorbells[queue], self.link.fd()) else {
+            return Ok(true);
+        };
+        let (link, error) = (&self.link, told(&error));
+        tracing::error!(?link, error, "the kernel cannot serve a network: packets go through this program");
+        kernel.stop(driver, queue & !1)?;
+        self.accelerated = None;
+        (self.receiving, self.sending) = (true, true);
+        Ok(false)
     }
 }
 
@@ -97,6 +157,8 @@ pub struct Net {
     unlike_state: bool,
     /// Room for what the driver's buffers do not hold of a packet. Nothing is in there between calls.
     rest: Vec<u8>,
+    /// That of each queue, once they are known.
+    doorbells: Arc<[EventFd]>,
 }
 
 impl Net {
@@ -108,6 +170,7 @@ impl Net {
         assert!((1..=MAX_PAIRS).contains(&links.len()), "{} queue pairs", links.len());
         let pair = |link| Pair {
             link: Box::new(link) as Box<dyn Link>,
+            accelerated: None,
             held: None,
             receiving: false,
             sending: false,
@@ -123,7 +186,28 @@ impl Net {
             at_rest: false,
             unlike_state: false,
             rest: vec![0; MAX_PACKET_LEN],
+            doorbells: Arc::default(),
         }
+    }
+
+    /// Has the kernel serve the queues, by one of `accelerators` for each pair. `handed_over`: an update hands them over,
+    /// instead of the next program having its own.
+    ///
+    /// # Errors
+    /// No eventfd could be made.
+    ///
+    /// # Panics
+    /// If there are not as many as pairs.
+    pub fn accelerate<A: Accelerator + 'static>(
+        mut self,
+        accelerators: Vec<A>,
+        handed_over: bool,
+    ) -> io::Result<Self> {
+        assert_eq!(accelerators.len(), self.pairs.len(), "accelerators for the queue pairs");
+        for (pair, accelerator) in self.pairs.iter_mut().zip(accelerators) {
+            pair.accelerated = Some(Accelerated::new(Box::new(accelerator), handed_over)?);
+        }
+        Ok(self)
     }
 
     /// The control queue stands behind the others; and a driver that knows of one pair only expects it behind that one.
@@ -149,10 +233,12 @@ impl Net {
 
     /// Gives the turn to a queue of packets: an even one for receiving, an odd one for sending.
     fn turn(&mut self, driver: &mut Driver, queue: usize) -> Result<(), Broken> {
-        let Self { pairs, active_pairs, rest, .. } = self;
+        let Self { pairs, active_pairs, rest, doorbells, .. } = self;
         let Some(pair) = pairs[..*active_pairs].get_mut(queue / 2) else { return Ok(()) };
         let ready = is_ready(driver, queue);
+        let by_kernel = ready && pair.leave_to_kernel(driver, queue, doorbells, rest)?;
         match queue % 2 {
+            _ if by_kernel => {}
             0 if ready => pair.receive(driver, queue, rest)?,
             0 => pair.receiving = false,
             _ if ready => pair.transmit(driver, queue)?,
@@ -160,6 +246,20 @@ impl Net {
         }
         self.tell_link(driver);
         Ok(())
+    }
+
+    /// Has the kernel serve the pairs that take part, and no others, as far as it serves any.
+    fn update_kernel(&mut self, driver: &mut Driver) -> Result<(), Broken> {
+        let active = self.active_pairs;
+        for (index, pair) in self.pairs.iter_mut().enumerate().skip(active) {
+            if let Some(kernel) = &mut pair.accelerated {
+                kernel.stop(driver, 2 * index)?;
+            }
+        }
+        let accelerated = |index: &usize| self.pairs[*index].accelerated.is_some();
+        let queues: Vec<_> =
+            (0..active).filter(accelerated).flat_map(|pair| [2 * pair, 2 * pair + 1]).collect();
+        queues.into_iter().try_for_each(|queue| self.turn(driver, queue))
     }
 
     /// Tells the driver whether there is a network, if it knows otherwise: from the one that the device had before an update,
@@ -213,6 +313,10 @@ impl VirtioDevice for Net {
         features::always() | several | mtu
     }
 
+    fn hear_doorbells(&mut self, doorbells: &Arc<[EventFd]>) {
+        self.doorbells = doorbells.clone();
+    }
+
     fn queue_sizes(&self) -> Vec<u16> {
         let mut sizes = vec![QUEUE_SIZE; 2 * self.pairs.len()];
         sizes.push(CONTROL_QUEUE_SIZE);
@@ -236,13 +340,14 @@ impl VirtioDevice for Net {
         self.activate_pairs(1).map_err(refused)?;
         self.set_offloads(features::guest_offloads(driver.features)).map_err(refused)?;
         self.pairs[0].receiving = true;
-        Ok(())
+        self.update_kernel(driver)
     }
 
     fn reset(&mut self) {
         self.mac = self.settings.mac;
         self.link_up = self.has_link();
         for pair in &mut self.pairs {
+            pair.accelerated.iter_mut().for_each(Accelerated::forget);
             (pair.held, pair.receiving, pair.sending) = (None, false, false);
         }
         // Firmware that comes next may know of no offloads.
@@ -267,33 +372,45 @@ impl VirtioDevice for Net {
         if self.at_rest {
             return Vec::new();
         }
-        let of = |(index, pair): (usize, &'_ Pair)| {
-            // Of what is gone there is nothing to read, and epoll(7) would say so without end.
-            let read = (pair.receiving && !pair.gone).then_some((2 * index, Direction::Read));
-            let write = pair.sending.then_some((2 * index + 1, Direction::Write));
-            [read, write].into_iter().flatten()
-        };
-        let active = &self.pairs[..self.active_pairs];
-        let ready = active.iter().enumerate().flat_map(of);
-        let watch = |(queue, direction): (usize, Direction)| Watch {
-            fd: self.pairs[queue / 2].link.fd(),
-            token: queue as WatchToken,
-            direction,
-        };
-        ready.map(watch).collect()
+        let active = self.pairs[..self.active_pairs].iter().enumerate();
+        active.flat_map(|(index, pair)| pair.watches(2 * index)).collect()
+    }
+
+    fn served_elsewhere(&self) -> Vec<usize> {
+        let queues = 0..2 * self.active_pairs;
+        queues.filter(|queue| self.pairs[queue / 2].is_served_by_kernel(*queue)).collect()
     }
 
     fn fd_ready(&mut self, driver: &mut Driver, token: WatchToken) -> Result<(), Broken> {
-        match self.at_rest {
-            true => Ok(()),
+        if self.at_rest {
+            return Ok(());
+        }
+        let queue = (token % CALL) as usize;
+        let kernel = self.pairs.get(queue / 2).and_then(|pair| pair.accelerated.as_ref());
+        match (token - queue as WatchToken, kernel) {
+            (CALL, Some(kernel)) => kernel.interrupt(driver, queue),
+            (ERROR, Some(kernel)) => match kernel.error().drain() {
+                Ok(0) => Ok(()),
+                _ => Err(Broken::queue(queue, "the kernel cannot make sense of it, or of the next one")),
+            },
             // The token is the queue's number.
-            false => self.turn(driver, token as usize),
+            _ => self.turn(driver, queue),
         }
     }
 
-    fn drain(&mut self, _driver: &mut Driver) -> Result<Drained, Broken> {
+    fn drain(&mut self, driver: &mut Driver) -> Result<Drained, Broken> {
         self.at_rest = true;
+        for (index, pair) in self.pairs.iter_mut().enumerate() {
+            if let Some(kernel) = &mut pair.accelerated {
+                kernel.rest(driver, 2 * index)?;
+            }
+        }
         Ok(Drained::AtRest)
+    }
+
+    fn leave_process(&mut self) {
+        let kernels = self.pairs.iter_mut().filter_map(|pair| pair.accelerated.as_mut());
+        kernels.for_each(Accelerated::leave_process);
     }
 
     fn resume(&mut self) {

@@ -66,6 +66,8 @@ impl Pair {
             }
             let received = match self.held.take() {
                 Some(held) => buffers.fill(&held).then_some(held.len()),
+                // What waited is all that the kernel leaves to us.
+                None if self.accelerated.is_some() => break,
                 None => match self.read(buffers, rest) {
                     Got::Packet(len) => self.sort(buffers, rest, len),
                     Got::Refused => None,

@@ -154,9 +154,11 @@ impl VirtioPci {
         let sections =
             device.persistent().map(|device| transport.into_iter().chain(device.sections()).collect());
         let signals = Arc::new(Signals::new(endpoint.msix().clone(), sizes.len()));
+        let doorbells = Doorbells::new(sizes.len(), hypervisor.clone()).map_err(ShapeError::EventFd)?;
+        device.hear_doorbells(doorbells.bells());
         Ok(Self {
             window,
-            doorbells: Doorbells::new(sizes.len(), hypervisor.clone()).map_err(ShapeError::EventFd)?,
+            doorbells,
             transport: Mutex::new(Transport::new(device, withheld, memory, signals.clone())?),
             signals,
             sections,
@@ -186,9 +188,11 @@ impl VirtioPci {
         self.lock().fd_ready(token);
     }
 
-    /// Gives `take` what the device watches now. Nothing does so for a driver that is not there.
-    pub(crate) fn watches<T>(&self, take: impl FnOnce(Vec<Watch<'_>>) -> T) -> T {
-        take(self.lock().watches())
+    /// Gives `take` what the device watches now, and the queues whose doorbells others answer. There is nothing of either for
+    /// a driver that is not there.
+    pub(crate) fn watches<T>(&self, take: impl FnOnce(Vec<Watch<'_>>, &[usize]) -> T) -> T {
+        let transport = self.lock();
+        take(transport.watches(), &transport.served_elsewhere())
     }
 
     /// Whether [`watches`](Self::watches) may have changed by somebody else's doing since this was asked last.
@@ -211,6 +215,11 @@ impl VirtioPci {
     /// The guest is stopped: has the device complete what is under way.
     pub(crate) fn drain(&self) -> Drained {
         self.lock().drain()
+    }
+
+    /// The device is at rest, and this process about to be replaced: has it let go of what the kernel keeps for a process.
+    pub(crate) fn leave_process(&self) {
+        self.lock().leave_process();
     }
 
     /// The device is at rest: has what its driver has stored outlive the host's kernel.

@@ -13,7 +13,7 @@ use super::{NOTIFY, NOTIFY_STEP};
 use crate::pci::Hypervisor;
 
 pub(super) struct Doorbells {
-    bells: Vec<EventFd>,
+    bells: Arc<[EventFd]>,
     hypervisor: Arc<dyn Hypervisor>,
     /// The beginning of the BAR for which KVM has them.
     attached: Mutex<Option<u64>>,
@@ -25,7 +25,7 @@ impl Doorbells {
         Ok(Self { bells, hypervisor, attached: Mutex::new(None) })
     }
 
-    pub(super) fn bells(&self) -> &[EventFd] {
+    pub(super) fn bells(&self) -> &Arc<[EventFd]> {
         &self.bells
     }
 

@@ -303,10 +303,21 @@ impl Transport {
         }
     }
 
+    pub(super) fn served_elsewhere(&self) -> Vec<usize> {
+        match self.driver {
+            Some(_) => self.device.served_elsewhere(),
+            None => Vec::new(),
+        }
+    }
+
     /// A device without a driver has nothing under way.
     pub(super) fn drain(&mut self) -> Drained {
         self.held = true;
         self.work(|device, driver| device.drain(driver)).unwrap_or(Drained::AtRest)
+    }
+
+    pub(super) fn leave_process(&mut self) {
+        self.device.leave_process();
     }
 
     pub(super) fn settle_on_host(&mut self) -> Result<(), BoxError> {

@@ -244,6 +244,20 @@ pub struct NetdevConfig {
     pub id: String,
     /// How it is found.
     pub tap: TapConfig,
+    /// The kernel carries the packets, by these; else this program does.
+    pub vhost: Option<VhostConfig>,
+}
+
+/// Where open files of `/dev/vhost-net` come from, one for each queue of a tap device.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum VhostConfig {
+    /// Every program opens its own.
+    Opened,
+    /// By descriptors that the program was started with, which updates hand over.
+    Inherited {
+        /// Their numbers, 3 or more; none of them twice on a command line.
+        fds: Vec<i32>,
+    },
 }
 
 /// How a tap device is found, if it does not come with an update.
@@ -270,6 +284,11 @@ impl NetdevConfig {
             TapConfig::Named { queues, .. } => *queues,
             TapConfig::Inherited { fds } => u16::try_from(fds.len()).unwrap_or(u16::MAX),
         }
+    }
+
+    /// The name of vhost descriptors in the registry, if updates hand them over. Their ids are those of the queues.
+    pub fn vhost_registry_name(&self) -> String {
+        format!("vhost/{}", self.id)
     }
 
     /// The name of the interface, if the command line has it.

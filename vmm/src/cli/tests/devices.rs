@@ -145,6 +145,19 @@ fn tap_devices() {
     assert_eq!(several.queues(), 3);
     let entries = devices("-netdev tap,id=n,fds=7:5 -device virtio-net-pci,netdev=n")[0].registry_entries();
     assert_eq!(entries, [("netdev/n".into(), 0), ("netdev/n".into(), 1)]);
+    // Carried by the kernel.
+    let vhost = |options: &str| tap(options).vhost;
+    let inherited = |fds: &[i32]| Some(VhostConfig::Inherited { fds: fds.to_vec() });
+    assert_eq!(vhost("ifname=t0"), None);
+    assert_eq!(vhost("ifname=t0,queues=4,vhost=on"), Some(VhostConfig::Opened));
+    assert_eq!(vhost("fd=3,vhost=on,vhostfd=4"), inherited(&[4]));
+    assert_eq!(vhost("fds=7:5,vhostfds=9:8"), inherited(&[9, 8]));
+    assert_eq!(nets("-nic tap,ifname=t0,vhost=on")[0].netdev.vhost, Some(VhostConfig::Opened));
+    let json = r#"{"type":"tap","id":"n","fds":"7:5","vhostfds":"9:8","vhost":true}"#;
+    assert_eq!(
+        nets(&format!("-netdev '{json}' -device virtio-net-pci,netdev=n"))[0].netdev.vhost,
+        inherited(&[9, 8])
+    );
     // Both at once.
     let short = nets("-nic tap,ifname=t0,mac=02:00:00:00:00:01 -nic none -nic tap,fd=9,model=virtio");
     let ids: Vec<_> = short.iter().map(|net| (net.netdev.id.as_str(), net.mac.to_string())).collect();
@@ -511,7 +524,28 @@ fn mistakes_with_devices_are_named() {
             "-netdev tap,id=n,ifname=t,downscript=x",
             "property 'downscript': no script is run; say downscript=no",
         ),
-        ("-netdev tap,id=n,ifname=t,vhost=on", "netdev 'n': property 'vhost': vhost=on is not supported"),
+        ("-netdev tap,id=n,ifname=t,vhost=maybe", "netdev 'n': property 'vhost': 'maybe'"),
+        (
+            "-netdev tap,id=n,ifname=t,vhostfd=3,vhostfds=4:5",
+            "netdev 'n': properties 'vhostfd' and 'vhostfds' exclude each other",
+        ),
+        (
+            "-netdev tap,id=n,ifname=t,vhost=off,vhostfd=3",
+            "netdev 'n': property 'vhostfd': is of no use with vhost=off",
+        ),
+        (
+            "-netdev tap,id=n,fds=3:4,vhostfds=5",
+            "netdev 'n': 1 vhost descriptors for 2 queues: pass one for each by vhostfds=N:M:... or have",
+        ),
+        (
+            "-netdev tap,id=n,ifname=t,vhostfd=2",
+            "netdev 'n': property 'vhostfd': '2' is no number of a descriptor that the program was started with",
+        ),
+        ("-netdev tap,id=n,fd=3,vhostfd=3", "netdev 'n': descriptor 3 is named twice"),
+        (
+            "-netdev tap,id=m,fd=3,vhostfd=4 -netdev tap,id=n,fd=5,vhostfd=4",
+            "netdev 'n': descriptor 4 is that of netdev 'm'",
+        ),
         ("-netdev tap,id=n,ifname=t,br=x", "-netdev: unknown property 'br' (known: type,"),
         ("-netdev tap,id=n,ifname=t,queues=0", "property 'queues': '0' is no number from 1 to 64"),
         (

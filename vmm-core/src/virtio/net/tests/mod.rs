@@ -4,6 +4,7 @@ mod guest;
 mod hostile;
 mod taps;
 mod updates;
+mod vhost;
 
 use std::sync::atomic::Ordering;
 
