@@ -61,6 +61,20 @@ impl Under {
     }
 }
 
+/// A run in which the emulated CPUs broke the guest says nothing, and is repeated, twice at most: see "What the emulator
+/// gets wrong" in the documentation of `cargo xtask lab`.
+fn repeated(run: impl Fn() -> anyhow::Result<()>) -> anyhow::Result<()> {
+    for _ in 0..2 {
+        match run() {
+            Err(error) if format!("{error:#}").contains("triple fault") => {
+                println!("  AGAIN, as the emulator may be to blame: {error:#}");
+            }
+            result => return result,
+        }
+    }
+    run()
+}
+
 fn good(command: &mut Command) -> anyhow::Result<()> {
     let output = command.output().with_context(|| format!("cannot run {command:?}"))?;
     let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
@@ -128,8 +142,7 @@ fn disks(under: Under, cpus: u8) -> anyhow::Result<()> {
     let mut linux = under.boot(lab, cpus, &options)?;
     let written = write_through(&mut linux, under);
     let (bare, file) = written.with_context(|| format!("the VMM said: {}", linux.said()))?;
-    linux.shell.type_line("poweroff -f")?;
-    linux.ends("guest-shutdown")?;
+    linux.power_off()?;
     disks.hold(bare.try_into()?, file.try_into()?)
 }
 
@@ -161,20 +174,6 @@ fn write_through(linux: &mut Linux, under: Under) -> anyhow::Result<(i64, i64)> 
     Ok((bare.get("last")?, file.get("last")?))
 }
 
-/// The same with four vCPUs. A run in which the emulated CPUs broke the guest says nothing, and is repeated, twice at most:
-/// see "What the emulator gets wrong" in the documentation of `cargo xtask lab`.
-fn disks_with_four_vcpus(under: Under) -> anyhow::Result<()> {
-    for _ in 0..2 {
-        match disks(under, 4) {
-            Err(error) if format!("{error:#}").contains("triple fault") => {
-                println!("  AGAIN, as the emulator may be to blame: {error:#}");
-            }
-            result => return result,
-        }
-    }
-    disks(under, 4)
-}
-
 #[test]
 fn disks_with_one_vcpu_by_exec() -> anyhow::Result<()> {
     disks(Under::Updates(Mode::Exec), 1)
@@ -183,7 +182,7 @@ fn disks_with_one_vcpu_by_exec() -> anyhow::Result<()> {
 #[test]
 #[ignore = "in cargo xtask lab test --all"]
 fn disks_with_four_vcpus_by_exec() -> anyhow::Result<()> {
-    disks_with_four_vcpus(Under::Updates(Mode::Exec))
+    repeated(|| disks(Under::Updates(Mode::Exec), 4))
 }
 
 #[test]
@@ -195,7 +194,7 @@ fn disks_with_one_vcpu_by_transfer() -> anyhow::Result<()> {
 #[test]
 #[ignore = "in cargo xtask lab test --all"]
 fn disks_with_four_vcpus_by_transfer() -> anyhow::Result<()> {
-    disks_with_four_vcpus(Under::Updates(Mode::Transfer))
+    repeated(|| disks(Under::Updates(Mode::Transfer), 4))
 }
 
 #[test]
@@ -392,19 +391,6 @@ fn vhost(under: Under, cpus: u8, by: Carrier) -> anyhow::Result<()> {
     })
 }
 
-/// A run in which the emulated CPUs broke the guest says nothing, and is repeated, twice at most.
-fn repeated(run: impl Fn() -> anyhow::Result<()>) -> anyhow::Result<()> {
-    for _ in 0..2 {
-        match run() {
-            Err(error) if format!("{error:#}").contains("triple fault") => {
-                println!("  AGAIN, as the emulator may be to blame: {error:#}");
-            }
-            result => return result,
-        }
-    }
-    run()
-}
-
 fn network_by(
     under: Under,
     cpus: u8,
@@ -417,8 +403,7 @@ fn network_by(
     let mut linux = by.boot(under, lab, cpus, folder.path())?;
     let carried = carry(&mut linux, &tap, under, by, happen);
     carried.with_context(|| format!("the VMM said: {}", linux.said()))?;
-    linux.shell.type_line("poweroff -f")?;
-    linux.ends("guest-shutdown")
+    linux.power_off()
 }
 
 fn carry(
@@ -586,8 +571,7 @@ fn console_and_rng(under: Under, cpus: u8) -> anyhow::Result<()> {
     let numbers = linux.number("dd if=/dev/hwrng bs=64 count=1 2> /dev/null | wc -c")?;
     ensure!(numbers == 64, "{numbers} bytes of random numbers");
     log_has_nothing_new(&mut linux)?;
-    linux.shell.type_line("poweroff -f")?;
-    linux.ends("guest-shutdown")
+    linux.power_off()
 }
 
 #[test]

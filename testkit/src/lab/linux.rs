@@ -236,6 +236,16 @@ impl Linux {
         Ok(info)
     }
 
+    /// Powers the guest off, and waits for the end of the process. The kernel does it by itself, once the shell has printed its
+    /// prompt: from a program to its devices' shutdown the emulated CPUs may not get.
+    ///
+    /// # Errors
+    /// It ends otherwise, or complained.
+    pub fn power_off(mut self) -> anyhow::Result<()> {
+        self.shell.type_line("echo o > /proc/sysrq-trigger")?;
+        self.ends("guest-shutdown")
+    }
+
     /// Waits for the end of the process, and checks that it is a good one for this reason. A reset instead is an error at
     /// once.
     ///

@@ -36,7 +36,12 @@
 //!   other vCPUs go on to use, and then a page fault of the first fetch (error code 0x10), which cannot be delivered
 //!   either. Once the VMCB came back with an address in CR3 that is no page of the guest. Tests that load a guest like that
 //!   repeat a run in which it happened. With `thread=single` such a test does not get done.
-//! - Asynchronous page faults: see [`L2_APPEND`].
+//! - An exception that was delivered in the guest stays in EXITINTINFO of the VMCB, not valid, but with its type. KVM of recent
+//!   kernels looks at the type alone: if the same run of the guest goes on to access a device, KVM takes that for an exit
+//!   during the delivery of an event, which it cannot emulate (suberror 3). Doorbells are no matter, as they are not emulated.
+//!   A guest all of whose pages are mapped, as after cpr-transfer, is most in danger: where another one has an exit for each page
+//!   that comes new, it has none between a page fault and, say, the reset of its devices at `poweroff -f`. So guests
+//!   have no asynchronous page faults (`no-kvmapf`), and tests power them off by sysrq.
 //! - Code that KVM patches under a running CPU: see `scripts/l1-tests.sh`.
 
 mod build;
@@ -71,10 +76,7 @@ pub(crate) const PROMPT: &str = "guest-ready# ";
 /// A kernel command line for L2. The TSC checks, mitigations and messages cost much under emulation, and earlyprintk is
 /// what makes an emulated guest crawl. With `ECHO=1` added the shell echoes, for people.
 ///
-/// Asynchronous page faults are off, too. They are injected as exceptions, which QEMU's emulation of SVM leaves in EXITINTINFO,
-/// not valid, but with their type; KVM of recent kernels looks at the type alone and takes the next access to a device for
-/// one during the delivery of an event, which it cannot emulate (suberror 3). Seen after cpr-transfer, whose target has pages
-/// yet to be mapped.
+/// Asynchronous page faults are off, too: see "What the emulator gets wrong" above.
 pub(crate) const L2_APPEND: &str =
     "console=ttyS0 quiet tsc=reliable no_timer_check mitigations=off no-kvmapf";
 
