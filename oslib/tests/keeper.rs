@@ -20,6 +20,7 @@ use oslib::mapping::SharedMapping;
 use oslib::memfd::Memfd;
 use oslib::pidfd::{Exit, PidFd};
 use oslib::shared::{SharedWord, SharedWords};
+use oslib::thread::Thread;
 use oslib::{clock, cloexec, inherited, process, signals};
 
 /// Which part of which scenario a process plays. Absent: the one that starts them.
@@ -154,9 +155,7 @@ fn exec_into(target: &str, ram_bytes: u64) {
     // A connection that the source alone has.
     let (ours, mut peer) = UnixStream::pair().unwrap();
     // Exec ends threads where they stand, so no lock may be held by one.
-    let parked: Vec<_> = (0..3)
-        .map(|_| std::thread::Builder::new().stack_size(STACK).spawn(std::thread::park).unwrap())
-        .collect();
+    let parked: Vec<_> = (0..3).map(|_| Thread::spawn("parked", STACK, std::thread::park).unwrap()).collect();
     std::thread::sleep(Duration::from_millis(20));
     let on_the_heap: Vec<u32> = (0..1000).collect();
     let on_the_stack = [0x5a5a_u64; 64];
@@ -190,7 +189,7 @@ fn exec_into(target: &str, ram_bytes: u64) {
     assert_eq!(sums[7] - sums[0], 7);
     // What the exec has left of threads can be freed.
     assert_eq!(mappings_of(STACK), parked.len());
-    parked.into_iter().for_each(oslib::thread::bury);
+    parked.into_iter().for_each(Thread::bury);
     assert_eq!(mappings_of(STACK), 0);
     let caught = std::panic::catch_unwind(|| std::panic::resume_unwind(Box::new(5_u8)));
     assert_eq!(caught.unwrap_err().downcast_ref(), Some(&5_u8));

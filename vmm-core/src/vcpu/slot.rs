@@ -9,11 +9,10 @@ use std::ops::ControlFlow;
 use std::os::fd::{AsRawFd, RawFd};
 use std::sync::atomic::{AtomicBool, AtomicU8, AtomicUsize, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError};
-use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use oslib::signals::{self, ThreadId};
-use oslib::thread::Cpus;
+use oslib::thread::{Cpus, Thread};
 
 use super::turns::Turn;
 use super::{Pristine, VcpuError, wait};
@@ -77,7 +76,7 @@ pub(super) struct Placed {
 
 /// A thread, and the process that it was started in: an exec ends it with that, while this memory lives on.
 struct Owned {
-    handle: JoinHandle<()>,
+    handle: Thread,
     process: u32,
 }
 
@@ -241,14 +240,14 @@ impl Slot {
     pub(super) fn ensure_thread(
         &self,
         process: u32,
-        spawn: impl FnOnce() -> std::io::Result<JoinHandle<()>>,
+        spawn: impl FnOnce() -> std::io::Result<Thread>,
     ) -> Result<(), VcpuError> {
         {
             let mut inner = self.lock();
             match inner.thread.take_if(|thread| thread.process != process) {
                 Some(thread) => {
                     // The next one gets its stack.
-                    oslib::thread::bury(thread.handle);
+                    thread.handle.bury();
                     inner.thread_id = None;
                     self.rest.store(rest::NO, Ordering::SeqCst);
                 }
@@ -310,7 +309,7 @@ impl Slot {
 
     fn end_rest(&self, thread: &Owned) {
         if self.rest.swap(rest::NO, Ordering::SeqCst) == rest::YES {
-            thread.handle.thread().unpark();
+            thread.handle.unpark();
         }
     }
 
@@ -356,8 +355,8 @@ impl Slot {
         if let Some(Owned { handle, process }) = thread {
             // A panic has been told on its way; the vCPU went with it.
             match process == std::process::id() {
-                true => drop(handle.join()),
-                false => oslib::thread::bury(handle),
+                true => handle.join(),
+                false => handle.bury(),
             }
         }
         let mut inner = self.lock();
