@@ -221,10 +221,14 @@ impl std::fmt::Debug for Cpus {
     }
 }
 
-/// The CPU that the caller runs on, as of a moment ago.
+/// The CPU that the caller runs on, as of a moment ago. Asks the kernel: the C library reads what that notes for each of its
+/// threads (rseq(2)), but does not note for the thread that a [keeper](crate::keeper) begins with.
 pub fn current_cpu() -> Option<usize> {
-    // SAFETY: takes no pointer.
-    usize::try_from(unsafe { libc::sched_getcpu() }).ok()
+    let mut cpu: libc::c_uint = 0;
+    let null = std::ptr::null_mut::<libc::c_void>();
+    // SAFETY: the kernel writes one number, and nothing where it is given no room.
+    let answer = unsafe { libc::syscall(libc::SYS_getcpu, &raw mut cpu, null, null) };
+    (answer == 0).then_some(cpu as usize)
 }
 
 /// What a function says that returns its error.

@@ -13,6 +13,7 @@ use std::sync::atomic::Ordering::SeqCst;
 use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
+use nix::sched::{CpuSet, sched_getaffinity, sched_setaffinity};
 use nix::sys::wait::{WaitPidFlag, waitpid};
 use oslib::exec::PreparedExec;
 use oslib::keeper::{Departed, Keeper};
@@ -20,7 +21,7 @@ use oslib::mapping::SharedMapping;
 use oslib::memfd::Memfd;
 use oslib::pidfd::{Exit, PidFd};
 use oslib::shared::{SharedWord, SharedWords};
-use oslib::thread::Thread;
+use oslib::thread::{self, Cpus, Thread};
 use oslib::{clock, cloexec, inherited, process, signals};
 
 /// Which part of which scenario a process plays. Absent: the one that starts them.
@@ -191,6 +192,7 @@ fn exec_into(target: &str, ram_bytes: u64) {
     assert_eq!(mappings_of(STACK), parked.len());
     parked.into_iter().for_each(Thread::bury);
     assert_eq!(mappings_of(STACK), 0);
+    knows_its_cpu();
     let caught = std::panic::catch_unwind(|| std::panic::resume_unwind(Box::new(5_u8)));
     assert_eq!(caught.unwrap_err().downcast_ref(), Some(&5_u8));
     peer.write_all(b"from the old program").unwrap();
@@ -297,6 +299,19 @@ fn second_target(arguments: &[String]) {
 }
 
 // ---- A failed exec.
+
+/// The C library does not, in the thread that was the other process's main thread.
+fn knows_its_cpu() {
+    let caller = nix::unistd::Pid::from_raw(0);
+    let home = sched_getaffinity(caller).unwrap();
+    for cpu in Cpus::of_caller().unwrap().iter() {
+        let mut only = CpuSet::new();
+        only.set(cpu).unwrap();
+        sched_setaffinity(caller, &only).unwrap();
+        assert_eq!(thread::current_cpu(), Some(cpu));
+    }
+    sched_setaffinity(caller, &home).unwrap();
+}
 
 /// What must be the same after a keeper was cancelled as before it was spawned.
 fn holdings() -> (Vec<RawFd>, Vec<String>, signals::SignalMask) {

@@ -391,8 +391,8 @@ impl Slot {
         }
     }
 
-    /// Tells whether this was the last vCPU that ran. A vCPU that was `stopped` is given back to run on if the stop was
-    /// withdrawn meanwhile: whoever did so counts on it.
+    /// Tells whether the thread should stay awake for work. A vCPU that was `stopped` is given back to run on if the stop
+    /// was withdrawn meanwhile: whoever did so counts on it.
     pub(super) fn park(&self, cpu: Cpu, stopped: bool) -> ControlFlow<bool, Cpu> {
         {
             let mut inner = self.lock();
@@ -402,14 +402,16 @@ impl Slot {
             // Nobody waits for news of a vCPU that exists.
             inner.place = Place::Parked(cpu);
         }
-        self.running.awake.store(self.index, Ordering::Relaxed);
-        ControlFlow::Break(self.running.one_less())
+        let can_help = self.running.note_parked(self.index, oslib::thread::current_cpu());
+        ControlFlow::Break(self.running.one_less() || can_help)
     }
 
-    /// Stays awake for a moment, for work that is about to come.
+    /// Stays awake for a moment, for work that is about to come, unless it will come to another.
     pub(super) fn expect_work(&self) {
         wait::briefly(|| {
-            !self.lock().requests.is_empty() || self.rest.load(Ordering::SeqCst) == rest::WANTED
+            self.running.awake.load(Ordering::Relaxed) != self.index
+                || !self.lock().requests.is_empty()
+                || self.rest.load(Ordering::SeqCst) == rest::WANTED
         });
     }
 
@@ -526,8 +528,12 @@ fn kick(thread: Option<ThreadId>) {
 pub(super) struct RunningCount {
     count: Mutex<usize>,
     none: Condvar,
-    /// A vCPU whose thread is awake, or soonest so: the last one that parked, if nobody knows better.
+    /// A vCPU whose thread is awake, or soonest so, and not on the owner's CPU if there is such a one.
     pub(super) awake: AtomicUsize,
+    /// The CPU of the owner, who waits for the vCPUs to park.
+    owners_cpu: AtomicUsize,
+    /// Whether [`awake`](Self::awake) was elsewhere when it parked.
+    awake_elsewhere: AtomicBool,
 }
 
 impl RunningCount {
@@ -547,9 +553,36 @@ impl RunningCount {
         none
     }
 
+    /// The vCPUs are about to be stopped.
+    pub(super) fn expect_none(&self) {
+        self.awake_elsewhere.store(false, Ordering::Relaxed);
+        self.note_owner();
+    }
+
+    fn note_owner(&self) {
+        // Where it is not known, nobody is taken to share it.
+        let here = oslib::thread::current_cpu().unwrap_or(usize::MAX);
+        self.owners_cpu.store(here, Ordering::Relaxed);
+    }
+
+    /// The vCPU's thread, on this CPU, has parked it; tells whether that is where the owner is not. One that shared the owner's CPU
+    /// would be no help, and take its time.
+    fn note_parked(&self, index: usize, cpu: Option<usize>) -> bool {
+        let owner = self.owners_cpu.load(Ordering::Relaxed);
+        let elsewhere = cpu.is_some_and(|here| here != owner);
+        if elsewhere || !self.awake_elsewhere.load(Ordering::Relaxed) {
+            self.awake.store(index, Ordering::Relaxed);
+        }
+        self.awake_elsewhere.fetch_or(elsewhere, Ordering::Relaxed);
+        elsewhere
+    }
+
     /// Waits until no vCPU runs; tells whether that came to be before `until`. Calls `remind` after each `every`.
     pub(super) fn wait_none(&self, until: Instant, every: Duration, remind: impl Fn()) -> bool {
-        wait::briefly(|| *self.count.lock().unwrap_or_else(PoisonError::into_inner) == 0);
+        wait::briefly(|| {
+            self.note_owner();
+            *self.count.lock().unwrap_or_else(PoisonError::into_inner) == 0
+        });
         let mut count = self.count.lock().unwrap_or_else(PoisonError::into_inner);
         while *count > 0 {
             let left = until.saturating_duration_since(Instant::now());
@@ -566,5 +599,26 @@ impl RunningCount {
             }
         }
         true
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn who_stays_awake_is_not_where_the_owner_is() {
+        let running = RunningCount::default();
+        let stop = |parked: &[(usize, usize)]| {
+            running.expect_none();
+            running.owners_cpu.store(0, Ordering::Relaxed);
+            let can_help: Vec<bool> =
+                parked.iter().map(|&(index, cpu)| running.note_parked(index, Some(cpu))).collect();
+            (running.awake.load(Ordering::Relaxed), can_help)
+        };
+        assert_eq!(stop(&[(3, 0), (1, 1), (2, 1), (0, 0)]), (2, vec![false, true, true, false]));
+        // The last one, if all were with the owner.
+        assert_eq!(stop(&[(1, 0), (3, 0)]), (3, vec![false, false]));
+        assert!(!running.note_parked(2, None), "nobody knows where");
     }
 }

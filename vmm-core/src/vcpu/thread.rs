@@ -126,12 +126,12 @@ impl VcpuThread {
         Ok(())
     }
 
-    /// Runs the guest, and parks the vCPU; tells whether it was the last one.
+    /// Runs the guest, and parks the vCPU; tells whether the thread should stay awake.
     fn run_until_parked(&self, mut cpu: Cpu, mut turn: Option<Turn>, timer: &mut TurnTimer) -> bool {
         loop {
             let stopped = self.run_guest(&mut cpu, turn.take(), timer);
             match self.slot.park(cpu, stopped) {
-                ControlFlow::Break(last) => return last,
+                ControlFlow::Break(stays_awake) => return stays_awake,
                 ControlFlow::Continue(wanted) => cpu = wanted,
             }
         }

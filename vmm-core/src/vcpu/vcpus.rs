@@ -224,6 +224,7 @@ impl Vcpus {
     /// are parked. [`resume`](Self::resume) undoes it.
     pub fn pause(&self, deadline: Duration) -> Result<(), MachineError> {
         let until = Instant::now() + deadline;
+        self.running.expect_none();
         self.slots.iter().for_each(|slot| slot.request_stop());
         // Those that have had their turns would wait for those that have not.
         self.turns().cut_short();
