@@ -283,7 +283,10 @@ mod tests {
     #[test]
     fn one_that_still_runs_is_not_waited_for() {
         let (sender, receiver) = std::sync::mpsc::channel::<()>();
-        Thread::spawn("buried", STACK, move || drop(receiver.recv())).unwrap().bury();
+        let thread = Thread::spawn("buried", STACK, move || {
+            let _ = receiver.recv();
+        });
+        thread.unwrap().bury();
         drop(sender);
     }
 

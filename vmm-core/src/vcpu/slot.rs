@@ -27,7 +27,7 @@ pub(crate) struct Cpu {
     /// The CPUID table that the vCPU was given.
     pub(crate) cpuid: Option<Blob>,
     /// Until the vCPU is given a state, or runs.
-    pub(crate) pristine: Option<Pristine>,
+    pub(crate) pristine: Option<Box<Pristine>>,
 }
 
 /// Work that a vCPU's thread does for the owner while its vCPU is parked. It need not concern that vCPU.
