@@ -24,7 +24,7 @@
 //! keeper. What does *not* move along is what the kernel keeps per process:
 //!
 //! - Threads. Exec ends all others where they stand. Let them hold no lock before, nor anything else that would stay
-//!   half-done, start new ones, and free what is left of the old ([`thread::bury`](crate::thread::bury)).
+//!   half-done, start new ones, and free what is left of the old ([`Thread::bury`](crate::thread::Thread::bury)).
 //! - Process id, children, parent: the process that executes the target is the keeper's parent.
 //! - The signal mask, which is full in the keeper, and pending signals, which stay with P.
 //! - What an epoll instance knows of a signalfd: it watches the signals of the process that added it. Make a new one.

@@ -13,6 +13,7 @@ use std::sync::atomic::Ordering::SeqCst;
 use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
+use nix::sched::{CpuSet, sched_getaffinity, sched_setaffinity};
 use nix::sys::wait::{WaitPidFlag, waitpid};
 use oslib::exec::PreparedExec;
 use oslib::keeper::{Departed, Keeper};
@@ -20,6 +21,7 @@ use oslib::mapping::SharedMapping;
 use oslib::memfd::Memfd;
 use oslib::pidfd::{Exit, PidFd};
 use oslib::shared::{SharedWord, SharedWords};
+use oslib::thread::{self, Cpus, Thread};
 use oslib::{clock, cloexec, inherited, process, signals};
 
 /// Which part of which scenario a process plays. Absent: the one that starts them.
@@ -154,9 +156,7 @@ fn exec_into(target: &str, ram_bytes: u64) {
     // A connection that the source alone has.
     let (ours, mut peer) = UnixStream::pair().unwrap();
     // Exec ends threads where they stand, so no lock may be held by one.
-    let parked: Vec<_> = (0..3)
-        .map(|_| std::thread::Builder::new().stack_size(STACK).spawn(std::thread::park).unwrap())
-        .collect();
+    let parked: Vec<_> = (0..3).map(|_| Thread::spawn("parked", STACK, std::thread::park).unwrap()).collect();
     std::thread::sleep(Duration::from_millis(20));
     let on_the_heap: Vec<u32> = (0..1000).collect();
     let on_the_stack = [0x5a5a_u64; 64];
@@ -190,8 +190,9 @@ fn exec_into(target: &str, ram_bytes: u64) {
     assert_eq!(sums[7] - sums[0], 7);
     // What the exec has left of threads can be freed.
     assert_eq!(mappings_of(STACK), parked.len());
-    parked.into_iter().for_each(oslib::thread::bury);
+    parked.into_iter().for_each(Thread::bury);
     assert_eq!(mappings_of(STACK), 0);
+    knows_its_cpu();
     let caught = std::panic::catch_unwind(|| std::panic::resume_unwind(Box::new(5_u8)));
     assert_eq!(caught.unwrap_err().downcast_ref(), Some(&5_u8));
     peer.write_all(b"from the old program").unwrap();
@@ -298,6 +299,19 @@ fn second_target(arguments: &[String]) {
 }
 
 // ---- A failed exec.
+
+/// The C library does not, in the thread that was the other process's main thread.
+fn knows_its_cpu() {
+    let caller = nix::unistd::Pid::from_raw(0);
+    let home = sched_getaffinity(caller).unwrap();
+    for cpu in Cpus::of_caller().unwrap().iter() {
+        let mut only = CpuSet::new();
+        only.set(cpu).unwrap();
+        sched_setaffinity(caller, &only).unwrap();
+        assert_eq!(thread::current_cpu(), Some(cpu));
+    }
+    sched_setaffinity(caller, &home).unwrap();
+}
 
 /// What must be the same after a keeper was cancelled as before it was spawned.
 fn holdings() -> (Vec<RawFd>, Vec<String>, signals::SignalMask) {

@@ -9,10 +9,10 @@ use std::collections::BTreeMap;
 use std::os::fd::{AsRawFd, RawFd};
 use std::sync::atomic::{AtomicU8, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
-use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use oslib::signals;
+use oslib::thread::Thread;
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 
 use crate::error::MachineError;
@@ -49,7 +49,7 @@ pub(crate) struct IoThread {
 
 /// A thread, and the process that it was started in.
 struct Owned {
-    handle: JoinHandle<()>,
+    handle: Thread,
     process: u32,
 }
 
@@ -124,7 +124,7 @@ impl IoThread {
         if self.shared.rest.swap(rest::NO, Ordering::SeqCst) == rest::YES
             && let Some(thread) = &*self.thread()
         {
-            thread.handle.thread().unpark();
+            thread.handle.unpark();
         }
         Ok(())
     }
@@ -138,15 +138,12 @@ impl IoThread {
         let mut thread = self.thread();
         let process = std::process::id();
         if let Some(ended) = thread.take_if(|thread| thread.process != process) {
-            oslib::thread::bury(ended.handle);
+            ended.handle.bury();
             self.shared.rest.store(rest::WANTED, Ordering::SeqCst);
         }
         if thread.is_none() {
             let shared = Arc::clone(&self.shared);
-            let spawned = std::thread::Builder::new()
-                .name("io".into())
-                .stack_size(STACK_LEN)
-                .spawn(move || shared.run())
+            let spawned = Thread::spawn("io", STACK_LEN, move || shared.run())
                 .map_err(|source| MachineError::Host { what: "the I/O thread", source })?;
             *thread = Some(Owned { handle: spawned, process });
         }
@@ -160,11 +157,10 @@ impl Drop for IoThread {
         self.shared.bell.ring();
         let Some(Owned { handle, process }) = self.thread().take() else { return };
         if process == std::process::id() {
-            handle.thread().unpark();
-            // A panic has been told on its way.
-            let _ = handle.join();
+            handle.unpark();
+            handle.join();
         } else {
-            oslib::thread::bury(handle);
+            handle.bury();
         }
     }
 }

@@ -6,7 +6,7 @@ impl IoThread {
         assert_eq!(self.shared.rest.swap(rest::QUIT, Ordering::SeqCst), rest::YES);
         let mut thread = self.thread();
         let thread = thread.as_mut().unwrap();
-        thread.handle.thread().unpark();
+        thread.handle.unpark();
         while !thread.handle.is_finished() {
             std::thread::yield_now();
         }

@@ -50,13 +50,10 @@ pub(crate) fn save(
     let lapic = fd.get_lapic().map_err(KvmError::of("KVM_GET_LAPIC"))?;
     let msrs = msrs::read(vcpu, msr_list)?;
     let nested = vcpu.nested_state(caps.nested_state_len)?.map(Blob::from);
-    let events = fd.get_vcpu_events().map_err(KvmError::of("KVM_GET_VCPU_EVENTS"))?;
+    let events = events(vcpu)?;
     // Neither changes while the machine stands.
     let tsc_khz = vcpu.tsc_khz();
-    let tsc_offset = match caps.vcpu_attributes {
-        true => vcpu.tsc_offset()?,
-        false => None,
-    };
+    let tsc_offset = tsc_offset(vcpu, caps)?;
     Ok(VcpuState {
         id,
         cpuid: cpuid.clone(),
@@ -68,7 +65,7 @@ pub(crate) fn save(
         debugregs,
         lapic: Blob::of(&lapic),
         msrs,
-        events: Blob::of(&events),
+        events,
         nested,
         tsc_khz,
         tsc_offset,
@@ -81,12 +78,28 @@ pub(crate) struct Pristine {
     mp_state: Blob,
     xcrs: Option<Blob>,
     debugregs: Blob,
+    events: Blob,
+    tsc_offset: Option<u64>,
 }
 
 impl Pristine {
     pub(super) fn of(vcpu: &Vcpu, caps: &Capabilities) -> Result<Self, VcpuError> {
-        Ok(Self { mp_state: mp_state(vcpu)?, xcrs: xcrs(vcpu, caps)?, debugregs: debugregs(vcpu)? })
+        Ok(Self {
+            mp_state: mp_state(vcpu)?,
+            xcrs: xcrs(vcpu, caps)?,
+            debugregs: debugregs(vcpu)?,
+            events: events(vcpu)?,
+            tsc_offset: tsc_offset(vcpu, caps)?,
+        })
     }
+}
+
+fn events(vcpu: &Vcpu) -> Result<Blob, KvmError> {
+    Ok(Blob::of(&vcpu.fd().get_vcpu_events().map_err(KvmError::of("KVM_GET_VCPU_EVENTS"))?))
+}
+
+fn tsc_offset(vcpu: &Vcpu, caps: &Capabilities) -> Result<Option<u64>, KvmError> {
+    if caps.vcpu_attributes { vcpu.tsc_offset() } else { Ok(None) }
 }
 
 fn mp_state(vcpu: &Vcpu) -> Result<Blob, KvmError> {
@@ -108,14 +121,14 @@ pub(crate) fn restore(
     vcpu: &Vcpu,
     caps: &Capabilities,
     cpuid: &mut Option<Blob>,
-    pristine: Option<Pristine>,
+    pristine: Option<Box<Pristine>>,
     state: &VcpuState,
 ) -> Result<(), VcpuError> {
     state.check()?;
     let fd = vcpu.fd();
-    let pristine = pristine.as_ref();
+    let pristine = pristine.as_deref();
     restore_step!("cpuid", set_cpuid(vcpu, cpuid, &state.cpuid)?);
-    restore_step!("tsc-offset", set_tsc(vcpu, caps, state)?);
+    restore_step!("tsc-offset", set_tsc(vcpu, caps, pristine, state)?);
     restore_step!(
         "mp-state",
         if pristine.is_none_or(|is| is.mp_state != state.mp_state) {
@@ -161,10 +174,13 @@ pub(crate) fn restore(
             vcpu.set_nested_state(nested.as_slice())?;
         }
     });
-    restore_step!("events", {
-        let events: kvm_vcpu_events = state.events.load("events")?;
-        fd.set_vcpu_events(&events).map_err(KvmError::of("KVM_SET_VCPU_EVENTS"))?;
-    });
+    restore_step!(
+        "events",
+        if pristine.is_none_or(|is| is.events != state.events) {
+            let events: kvm_vcpu_events = state.events.load("events")?;
+            fd.set_vcpu_events(&events).map_err(KvmError::of("KVM_SET_VCPU_EVENTS"))?;
+        }
+    );
     Ok(())
 }
 
@@ -199,7 +215,13 @@ pub(crate) fn load_cpuid(blob: &Blob) -> Result<CpuId, StateError> {
     CpuId::from_entries(&entries).map_err(|_| wrong)
 }
 
-fn set_tsc(vcpu: &Vcpu, caps: &Capabilities, state: &VcpuState) -> Result<(), VcpuError> {
+fn set_tsc(
+    vcpu: &Vcpu,
+    caps: &Capabilities,
+    pristine: Option<&Pristine>,
+    state: &VcpuState,
+) -> Result<(), VcpuError> {
+    let mut has_offset = pristine.is_some_and(|is| is.tsc_offset == state.tsc_offset);
     // On the same host the frequency is what it was, and setting it is not free. Another boot may have measured it a
     // little differently.
     if state.tsc_khz != 0 && !is_same_frequency(vcpu.tsc_khz(), state.tsc_khz) {
@@ -207,8 +229,9 @@ fn set_tsc(vcpu: &Vcpu, caps: &Capabilities, state: &VcpuState) -> Result<(), Vc
             return Err(VcpuError::Unsupported { what: "a TSC of another frequency" });
         }
         vcpu.set_tsc_khz(state.tsc_khz)?;
+        has_offset = false;
     }
-    if let Some(offset) = state.tsc_offset {
+    if let Some(offset) = state.tsc_offset.filter(|_| !has_offset) {
         if !caps.vcpu_attributes {
             return Err(VcpuError::Unsupported { what: "a TSC offset" });
         }

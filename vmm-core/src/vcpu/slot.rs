@@ -9,11 +9,10 @@ use std::ops::ControlFlow;
 use std::os::fd::{AsRawFd, RawFd};
 use std::sync::atomic::{AtomicBool, AtomicU8, AtomicUsize, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError};
-use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use oslib::signals::{self, ThreadId};
-use oslib::thread::Cpus;
+use oslib::thread::{Cpus, Thread};
 
 use super::turns::Turn;
 use super::{Pristine, VcpuError, wait};
@@ -28,7 +27,7 @@ pub(crate) struct Cpu {
     /// The CPUID table that the vCPU was given.
     pub(crate) cpuid: Option<Blob>,
     /// Until the vCPU is given a state, or runs.
-    pub(crate) pristine: Option<Pristine>,
+    pub(crate) pristine: Option<Box<Pristine>>,
 }
 
 /// Work that a vCPU's thread does for the owner while its vCPU is parked. It need not concern that vCPU.
@@ -77,7 +76,7 @@ pub(super) struct Placed {
 
 /// A thread, and the process that it was started in: an exec ends it with that, while this memory lives on.
 struct Owned {
-    handle: JoinHandle<()>,
+    handle: Thread,
     process: u32,
 }
 
@@ -241,14 +240,14 @@ impl Slot {
     pub(super) fn ensure_thread(
         &self,
         process: u32,
-        spawn: impl FnOnce() -> std::io::Result<JoinHandle<()>>,
+        spawn: impl FnOnce() -> std::io::Result<Thread>,
     ) -> Result<(), VcpuError> {
         {
             let mut inner = self.lock();
             match inner.thread.take_if(|thread| thread.process != process) {
                 Some(thread) => {
                     // The next one gets its stack.
-                    oslib::thread::bury(thread.handle);
+                    thread.handle.bury();
                     inner.thread_id = None;
                     self.rest.store(rest::NO, Ordering::SeqCst);
                 }
@@ -310,7 +309,7 @@ impl Slot {
 
     fn end_rest(&self, thread: &Owned) {
         if self.rest.swap(rest::NO, Ordering::SeqCst) == rest::YES {
-            thread.handle.thread().unpark();
+            thread.handle.unpark();
         }
     }
 
@@ -356,8 +355,8 @@ impl Slot {
         if let Some(Owned { handle, process }) = thread {
             // A panic has been told on its way; the vCPU went with it.
             match process == std::process::id() {
-                true => drop(handle.join()),
-                false => oslib::thread::bury(handle),
+                true => handle.join(),
+                false => handle.bury(),
             }
         }
         let mut inner = self.lock();
@@ -392,8 +391,8 @@ impl Slot {
         }
     }
 
-    /// Tells whether this was the last vCPU that ran. A vCPU that was `stopped` is given back to run on if the stop was
-    /// withdrawn meanwhile: whoever did so counts on it.
+    /// Tells whether the thread should stay awake for work. A vCPU that was `stopped` is given back to run on if the stop
+    /// was withdrawn meanwhile: whoever did so counts on it.
     pub(super) fn park(&self, cpu: Cpu, stopped: bool) -> ControlFlow<bool, Cpu> {
         {
             let mut inner = self.lock();
@@ -403,14 +402,16 @@ impl Slot {
             // Nobody waits for news of a vCPU that exists.
             inner.place = Place::Parked(cpu);
         }
-        self.running.awake.store(self.index, Ordering::Relaxed);
-        ControlFlow::Break(self.running.one_less())
+        let can_help = self.running.note_parked(self.index, oslib::thread::current_cpu());
+        ControlFlow::Break(self.running.one_less() || can_help)
     }
 
-    /// Stays awake for a moment, for work that is about to come.
+    /// Stays awake for a moment, for work that is about to come, unless it will come to another.
     pub(super) fn expect_work(&self) {
         wait::briefly(|| {
-            !self.lock().requests.is_empty() || self.rest.load(Ordering::SeqCst) == rest::WANTED
+            self.running.awake.load(Ordering::Relaxed) != self.index
+                || !self.lock().requests.is_empty()
+                || self.rest.load(Ordering::SeqCst) == rest::WANTED
         });
     }
 
@@ -527,8 +528,12 @@ fn kick(thread: Option<ThreadId>) {
 pub(super) struct RunningCount {
     count: Mutex<usize>,
     none: Condvar,
-    /// A vCPU whose thread is awake, or soonest so: the last one that parked, if nobody knows better.
+    /// A vCPU whose thread is awake, or soonest so, and not on the owner's CPU if there is such a one.
     pub(super) awake: AtomicUsize,
+    /// The CPU of the owner, who waits for the vCPUs to park.
+    owners_cpu: AtomicUsize,
+    /// Whether [`awake`](Self::awake) was elsewhere when it parked.
+    awake_elsewhere: AtomicBool,
 }
 
 impl RunningCount {
@@ -548,9 +553,36 @@ impl RunningCount {
         none
     }
 
+    /// The vCPUs are about to be stopped.
+    pub(super) fn expect_none(&self) {
+        self.awake_elsewhere.store(false, Ordering::Relaxed);
+        self.note_owner();
+    }
+
+    fn note_owner(&self) {
+        // Where it is not known, nobody is taken to share it.
+        let here = oslib::thread::current_cpu().unwrap_or(usize::MAX);
+        self.owners_cpu.store(here, Ordering::Relaxed);
+    }
+
+    /// The vCPU's thread, on this CPU, has parked it; tells whether that is where the owner is not. One that shared the owner's CPU
+    /// would be no help, and take its time.
+    fn note_parked(&self, index: usize, cpu: Option<usize>) -> bool {
+        let owner = self.owners_cpu.load(Ordering::Relaxed);
+        let elsewhere = cpu.is_some_and(|here| here != owner);
+        if elsewhere || !self.awake_elsewhere.load(Ordering::Relaxed) {
+            self.awake.store(index, Ordering::Relaxed);
+        }
+        self.awake_elsewhere.fetch_or(elsewhere, Ordering::Relaxed);
+        elsewhere
+    }
+
     /// Waits until no vCPU runs; tells whether that came to be before `until`. Calls `remind` after each `every`.
     pub(super) fn wait_none(&self, until: Instant, every: Duration, remind: impl Fn()) -> bool {
-        wait::briefly(|| *self.count.lock().unwrap_or_else(PoisonError::into_inner) == 0);
+        wait::briefly(|| {
+            self.note_owner();
+            *self.count.lock().unwrap_or_else(PoisonError::into_inner) == 0
+        });
         let mut count = self.count.lock().unwrap_or_else(PoisonError::into_inner);
         while *count > 0 {
             let left = until.saturating_duration_since(Instant::now());
@@ -567,5 +599,26 @@ impl RunningCount {
             }
         }
         true
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn who_stays_awake_is_not_where_the_owner_is() {
+        let running = RunningCount::default();
+        let stop = |parked: &[(usize, usize)]| {
+            running.expect_none();
+            running.owners_cpu.store(0, Ordering::Relaxed);
+            let can_help: Vec<bool> =
+                parked.iter().map(|&(index, cpu)| running.note_parked(index, Some(cpu))).collect();
+            (running.awake.load(Ordering::Relaxed), can_help)
+        };
+        assert_eq!(stop(&[(3, 0), (1, 1), (2, 1), (0, 0)]), (2, vec![false, true, true, false]));
+        // The last one, if all were with the owner.
+        assert_eq!(stop(&[(1, 0), (3, 0)]), (3, vec![false, false]));
+        assert!(!running.note_parked(2, None), "nobody knows where");
     }
 }

@@ -79,11 +79,11 @@ impl VcpuThread {
     pub(super) fn run(self) {
         let slot = &*self.slot;
         let mut ending = Ending { slot, told: false };
-        if let Err(error) = self.start() {
+        let mut timer = TurnTimer::default();
+        if let Err(error) = self.start(&mut timer) {
             slot.fail(error);
             return;
         }
-        let mut timer = TurnTimer::default();
         loop {
             match slot.next_request() {
                 Request::Job(job) => job(),
@@ -102,13 +102,18 @@ impl VcpuThread {
         }
     }
 
-    fn start(&self) -> Result<(), VcpuError> {
+    fn start(&self, timer: &mut TurnTimer) -> Result<(), VcpuError> {
         // After an exec every signal is blocked, the kick among them; before one, SIGTERM is the main loop's affair.
         oslib::keeper::forget_head_start();
         signals::set_mask(thread_mask())
             .map_err(|source| KvmError { call: "pthread_sigmask of a vCPU thread", source })?;
         self.slot.introduce(ThreadId::current());
-        if self.slot.lacks_vcpu() { self.create() } else { Ok(()) }
+        if self.slot.lacks_vcpu() {
+            // Whether there will be turns to take is not known yet, but there is time now.
+            timer.make();
+            return self.create();
+        }
+        Ok(())
     }
 
     fn create(&self) -> Result<(), VcpuError> {
@@ -120,18 +125,18 @@ impl VcpuThread {
         vcpu.run()?;
         immediate_exit.set(false);
         let caps = self.environment.caps;
-        let pristine = Some(registers::Pristine::of(&vcpu, &caps)?);
+        let pristine = Some(Box::new(registers::Pristine::of(&vcpu, &caps)?));
         let cpu = Cpu { index: self.slot.index, vcpu, caps, cpuid: None, pristine };
         self.slot.put_new(cpu, immediate_exit);
         Ok(())
     }
 
-    /// Runs the guest, and parks the vCPU; tells whether it was the last one.
+    /// Runs the guest, and parks the vCPU; tells whether the thread should stay awake.
     fn run_until_parked(&self, mut cpu: Cpu, mut turn: Option<Turn>, timer: &mut TurnTimer) -> bool {
         loop {
             let stopped = self.run_guest(&mut cpu, turn.take(), timer);
             match self.slot.park(cpu, stopped) {
-                ControlFlow::Break(last) => return last,
+                ControlFlow::Break(stays_awake) => return stays_awake,
                 ControlFlow::Continue(wanted) => cpu = wanted,
             }
         }

@@ -6,6 +6,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use oslib::signals;
+use oslib::thread::Thread;
 
 use super::VcpuError;
 use super::jobs::{EachJob, Pending, helping};
@@ -94,10 +95,7 @@ impl Vcpus {
                 vm: Arc::clone(&self.vm),
                 environment: self.environment.clone(),
             };
-            std::thread::Builder::new()
-                .name(format!("vcpu{}", slot.index))
-                .stack_size(STACK_LEN)
-                .spawn(move || thread.run())
+            Thread::spawn(&format!("vcpu{}", slot.index), STACK_LEN, move || thread.run())
         })
     }
 
@@ -226,6 +224,7 @@ impl Vcpus {
     /// are parked. [`resume`](Self::resume) undoes it.
     pub fn pause(&self, deadline: Duration) -> Result<(), MachineError> {
         let until = Instant::now() + deadline;
+        self.running.expect_none();
         self.slots.iter().for_each(|slot| slot.request_stop());
         // Those that have had their turns would wait for those that have not.
         self.turns().cut_short();
