@@ -5,16 +5,17 @@
 //! truncate it. Seals are described in fcntl(2), "File Sealing".
 
 use std::ffi::CString;
+use std::fs::File;
 use std::io;
 use std::ops::Range;
-use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
 
 use bitflags::bitflags;
 use nix::errno::Errno;
 use nix::fcntl::{FallocateFlags, FcntlArg, SealFlag, fallocate, fcntl};
 use nix::sys::memfd::{MFdFlags, memfd_create};
-use nix::sys::stat::fstat;
+use nix::sys::stat::{SFlag, fstat};
 use nix::unistd::{Whence, ftruncate, lseek};
 
 use crate::retry;
@@ -234,17 +235,30 @@ pub fn punch_hole(fd: impl AsFd, range: Range<u64>) -> io::Result<()> {
 /// The byte ranges of `fd` that hold data, in order, none of them empty; everything else reads as zeros.
 ///
 /// These are the ranges to populate: populating a hole allocates it. On hugetlbfs the whole file is one range. The file
-/// offset is moved and put back, so nobody else may use read(2), write(2) or lseek(2) on the same open file meanwhile;
-/// mappings of it do not matter.
+/// offset stays where it is; only where `/proc` or the file cannot be opened is it moved and put back, so that nobody else may
+/// use read(2), write(2) or lseek(2) on the same open file meanwhile. Mappings do not matter.
 ///
 /// # Errors
 /// Those of lseek(2); ESPIPE for what is no file.
 pub fn extents(fd: impl AsFd) -> io::Result<Vec<Range<u64>>> {
     let fd = fd.as_fd();
+    // Whoever is killed meanwhile leaves the offset of others alone.
+    if let Some(own) = opened_anew(fd) {
+        return seek_extents(own);
+    }
     let offset = lseek(fd, 0, Whence::SeekCur)?;
     let found = seek_extents(fd);
     lseek(fd, offset, Whence::SeekSet)?;
     found
+}
+
+/// The same file with an offset of its own. Nothing but a file is opened: others may block, or notice.
+fn opened_anew(fd: BorrowedFd<'_>) -> Option<File> {
+    let kind = SFlag::from_bits_truncate(fstat(fd).ok()?.st_mode & SFlag::S_IFMT.bits());
+    if kind != SFlag::S_IFREG {
+        return None;
+    }
+    File::open(format!("/proc/self/fd/{}", fd.as_raw_fd())).ok()
 }
 
 fn seek_extents(fd: impl AsFd) -> io::Result<Vec<Range<u64>>> {
@@ -276,7 +290,7 @@ fn seek_extents(fd: impl AsFd) -> io::Result<Vec<Range<u64>>> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use std::fs::{File, OpenOptions};
+    use std::fs::OpenOptions;
     use std::io::{Seek, SeekFrom};
     use std::os::unix::fs::{FileExt, OpenOptionsExt};
 
@@ -368,6 +382,19 @@ mod tests {
         assert_eq!(extents(&file).unwrap().last(), Some(&((1 << 20) - 4096..1 << 20)));
         let (socket, _other) = std::os::unix::net::UnixStream::pair().unwrap();
         assert_eq!(extents(&socket).unwrap_err().raw_os_error(), Some(libc::ESPIPE));
+    }
+
+    #[test]
+    fn who_asks_for_extents_does_not_move_the_offset_meanwhile() {
+        let mut file = File::from(Memfd::new("extents").len(1 << 20).create().unwrap());
+        (0..64).for_each(|at| file.write_all_at(&[1], at << 14).unwrap());
+        file.seek(SeekFrom::Start(77)).unwrap();
+        let same = file.try_clone().unwrap();
+        let asking = std::thread::spawn(move || (0..500).for_each(|_| drop(extents(&same).unwrap())));
+        while !asking.is_finished() {
+            assert_eq!(file.stream_position().unwrap(), 77);
+        }
+        asking.join().unwrap();
     }
 
     #[test]
