@@ -34,8 +34,8 @@
 //!   triple fault about once in two to three minutes, under `cpr-vmm` with no update near, and with `la57=off`, too. L1's trace of
 //!   KVM shows what happens: an exit for a doorbell, a VMRUN with the same CR3, nested CR3, CR4 and EFER in the VMCB as before and as the
 //!   other vCPUs go on to use, and then a page fault of the first fetch (error code 0x10), which cannot be delivered
-//!   either. Once the VMCB came back with an address in CR3 that is no page of the guest. Tests that load a guest like that
-//!   repeat a run in which it happened. With `thread=single` such a test does not get done.
+//!   either. Twice, once with a single vCPU, the VMCB came back with bit 32 set in CR3, which ends in KVM's suberror 3. Tests
+//!   that load a guest like that repeat a run in which it happened. With `thread=single` such a test does not get done.
 //! - An exception that was delivered in the guest stays in EXITINTINFO of the VMCB, not valid, but with its type. KVM of recent
 //!   kernels looks at the type alone: if the same run of the guest goes on to access a device, KVM takes that for an exit
 //!   during the delivery of an event, which it cannot emulate (suberror 3). Doorbells are no matter, as they are not emulated.
