@@ -67,10 +67,12 @@ const BROKEN: [&str; 2] = ["resets by a triple fault", "KVM internal error, sube
 /// A run in which the emulated CPUs broke the guest says nothing, and is repeated, twice at most: see "What the emulator
 /// gets wrong" in the documentation of `cargo xtask lab`. Errors tell what the VMM said.
 fn repeated(run: impl Fn() -> anyhow::Result<()>) -> anyhow::Result<()> {
+    let lab = need_lab!();
     for _ in 0..2 {
         match run() {
             Err(error) if BROKEN.iter().any(|sign| format!("{error:#}").contains(sign)) => {
-                println!("  AGAIN, as the emulator may be to blame: {error:#}");
+                // Among the figures, as nobody sees what a test prints that passes in the end.
+                lab.note(&format!("AGAIN, as the emulator may be to blame: {error:#}"))?;
             }
             result => return result,
         }

@@ -30,7 +30,10 @@
 //!
 //! # What the emulator gets wrong
 //!
-//! - After a VMRUN the guest's translations are wrong now and then. A guest whose four vCPUs write to two disks resets by a
+//! As far as can be told from L1; QEMU's code was not traced.
+//!
+//! - After a VMRUN the guest's translations are wrong now and then; that it is the emulator is likely, not proved: it was not
+//!   seen under QEMU as the VMM, in the one run of 44 s that there was. A guest whose four vCPUs write to two disks resets by a
 //!   triple fault about once in two to three minutes, under `cpr-vmm` with no update near, and with `la57=off`, too. L1's trace of
 //!   KVM shows what happens: an exit for a doorbell, a VMRUN with the same CR3, nested CR3, CR4 and EFER in the VMCB as before and as the
 //!   other vCPUs go on to use, and then a page fault of the first fetch (error code 0x10), which cannot be delivered
