@@ -61,25 +61,6 @@ impl Under {
     }
 }
 
-/// What `cpr-vmm` says of a guest that the emulated CPUs broke.
-const BROKEN: [&str; 2] = ["resets by a triple fault", "KVM internal error, suberror 3"];
-
-/// A run in which the emulated CPUs broke the guest says nothing, and is repeated, twice at most: see "What the emulator
-/// gets wrong" in the documentation of `cargo xtask lab`. Errors tell what the VMM said.
-fn repeated(run: impl Fn() -> anyhow::Result<()>) -> anyhow::Result<()> {
-    let lab = need_lab!();
-    for _ in 0..2 {
-        match run() {
-            Err(error) if BROKEN.iter().any(|sign| format!("{error:#}").contains(sign)) => {
-                // Among the figures, as nobody sees what a test prints that passes in the end.
-                lab.note(&format!("AGAIN, as the emulator may be to blame: {error:#}"))?;
-            }
-            result => return result,
-        }
-    }
-    run()
-}
-
 fn good(command: &mut Command) -> anyhow::Result<()> {
     let output = command.output().with_context(|| format!("cannot run {command:?}"))?;
     let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
@@ -140,10 +121,6 @@ impl Disks {
 }
 
 fn disks(under: Under, cpus: u8) -> anyhow::Result<()> {
-    repeated(|| disks_once(under, cpus))
-}
-
-fn disks_once(under: Under, cpus: u8) -> anyhow::Result<()> {
     let lab = need_lab!();
     let disks = Disks::make()?;
     let options = disks.options();
@@ -387,16 +364,14 @@ fn is_named(task: &Path, prefix: &str) -> bool {
 }
 
 fn network(under: Under, cpus: u8) -> anyhow::Result<()> {
-    repeated(|| network_by(under, cpus, Carrier::Program, |linux| under.happen(linux)))
+    network_by(under, cpus, Carrier::Program, |linux| under.happen(linux))
 }
 
 /// As [`network`], with packets that the kernel carries.
 fn vhost(under: Under, cpus: u8, by: Carrier) -> anyhow::Result<()> {
-    repeated(|| {
-        network_by(under, cpus, by, |linux| {
-            by.carries(linux.vmm.pid())?;
-            under.happen(linux)
-        })
+    network_by(under, cpus, by, |linux| {
+        by.carries(linux.vmm.pid())?;
+        under.happen(linux)
     })
 }
 
@@ -548,7 +523,7 @@ fn network_by_vhost_and_without_in_turns() -> anyhow::Result<()> {
         }
         Ok(())
     };
-    repeated(|| network_by(Under::Updates(Mode::Exec), 1, Carrier::Kernel, turns))
+    network_by(Under::Updates(Mode::Exec), 1, Carrier::Kernel, turns)
 }
 
 #[test]
@@ -560,10 +535,6 @@ fn control_network_under_qemu() -> anyhow::Result<()> {
 // Console and random numbers.
 
 fn console_and_rng(under: Under, cpus: u8) -> anyhow::Result<()> {
-    repeated(|| console_and_rng_once(under, cpus))
-}
-
-fn console_and_rng_once(under: Under, cpus: u8) -> anyhow::Result<()> {
     let lab = need_lab!();
     let folder = tempfile::tempdir()?;
     let socket = folder.path().join("console");

@@ -30,15 +30,14 @@
 //!
 //! # What the emulator gets wrong
 //!
-//! As far as can be told from L1; QEMU's code was not traced.
-//!
-//! - After a VMRUN the guest's translations are wrong now and then; that it is the emulator is likely, not proved: it was not
-//!   seen under QEMU as the VMM, in the one run of 44 s that there was. A guest whose four vCPUs write to two disks resets by a
-//!   triple fault about once in two to three minutes, under `cpr-vmm` with no update near, and with `la57=off`, too. L1's trace of
-//!   KVM shows what happens: an exit for a doorbell, a VMRUN with the same CR3, nested CR3, CR4 and EFER in the VMCB as before and as the
-//!   other vCPUs go on to use, and then a page fault of the first fetch (error code 0x10), which cannot be delivered
-//!   either. Twice, once with a single vCPU, the VMCB came back with bit 32 set in CR3, which ends in KVM's suberror 3. Tests
-//!   that load a guest like that repeat a run in which it happened. With `thread=single` such a test does not get done.
+//! - **CPU 0 must not run guests.** Each time any CPU loads the x87 state, for an XRSTOR as well, QEMU (10.0 to 11.1 at least)
+//!   clears a bit in a word of the *first* CPU, without a lock (`cpu_clear_ignne` of `target/i386/tcg`). The same word says
+//!   whether that CPU translates by nested tables and whether it takes interrupts (`hflags2`: HF2_NPT_MASK, HF2_GIF_MASK). If
+//!   the two meet, a change is undone: a guest begins without its nested tables and resets by a triple fault; or L1 goes on
+//!   with them after the guest's exit, which is taken for one more exit, and the guest has L1's registers (KVM's suberror 3, at
+//!   the address after L1's VMRUN); or L1 takes an interrupt where it cannot. One guest in four died so that had four busy vCPUs
+//!   for half a minute; QEMU's own log (`-d in_asm,tid`) shows the two exits without a VMRUN between. So L1 has one CPU more
+//!   than its programs may use (`scripts/l1-main.sh`).
 //! - An exception that was delivered in the guest stays in EXITINTINFO of the VMCB, not valid, but with its type. KVM of recent
 //!   kernels looks at the type alone: if the same run of the guest goes on to access a device, KVM takes that for an exit
 //!   during the delivery of an event, which it cannot emulate (suberror 3). Doorbells are no matter, as they are not emulated.
@@ -125,7 +124,7 @@ pub(crate) struct LabOptions {
     pub(crate) time_limit: Duration,
     /// RAM of L1, in MiB. It is taken from this machine as L1 touches it.
     pub(crate) memory_mib: u32,
-    /// CPUs of L1, each a thread of QEMU.
+    /// CPUs of L1, each a thread of QEMU; two at least, as its programs may not use the first.
     pub(crate) cpus: u32,
 }
 
@@ -138,7 +137,7 @@ impl Default for LabOptions {
             environment: Vec::new(),
             time_limit: Duration::from_secs(15 * 60),
             memory_mib: 6144,
-            cpus: 2,
+            cpus: 3,
         }
     }
 }
