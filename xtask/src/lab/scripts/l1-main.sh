@@ -18,7 +18,7 @@ ifconfig lo up
 hostname lab
 mkdir -p /lab/out
 # No VM on CPU 0: see "What the emulator gets wrong" in lab/mod.rs. Whatever starts from here inherits it.
-taskset -pc 1-$(($(nproc) - 1)) $$ >/dev/null
+taskset -pc 1-$(($(nproc) - 1)) $$ >/dev/null || echo "fail L1's programs cannot be kept off CPU 0" >/dev/vport0p2
 
 . /lab/.environment
 cd /lab
