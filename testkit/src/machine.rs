@@ -1,7 +1,7 @@
 //! A VM whose guest holds a pattern and counts: what a failure must leave as it was.
 
 use std::path::Path;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, ensure};
 use serde_json::{Value, json};
@@ -95,14 +95,15 @@ impl Machine {
     /// # Errors
     /// As [`has_failed`](Self::has_failed).
     pub fn failure(&mut self) -> anyhow::Result<(String, Vec<Value>)> {
-        // Asked for rarely: a program that dies of a signal while it works on a command takes the answer with it.
-        let info = wait_for("the failure", PATIENCE, || {
-            self.look_at_beats().ok()?;
-            let failed = |data: &Value| data["status"] == "failed";
-            self.vmm.qmp().has_come("MIGRATION", failed, Duration::from_millis(100)).ok()?;
-            let info = self.vmm.qmp().execute("query-migrate", json!({})).ok()?;
-            (info["status"] == "failed").then_some(info)
-        })?;
+        let failed = |data: &Value| data["status"] == "failed";
+        // Nobody is asked before it was told: a program that dies of a signal takes an answer under way with it.
+        let deadline = Instant::now() + PATIENCE;
+        while !self.vmm.qmp().has_come("MIGRATION", failed, Duration::from_millis(100))? {
+            self.look_at_beats()?;
+            ensure!(Instant::now() < deadline, "waited {PATIENCE:?} in vain for the failure");
+        }
+        let info = self.vmm.qmp().execute("query-migrate", json!({}))?;
+        ensure!(info["status"] == "failed", "an update that was told to have failed: {info}");
         let events = self.vmm.qmp().take_events();
         let error = info["error-desc"].as_str().unwrap_or_default().to_owned();
         self.look_at_beats().context(error.clone())?;

@@ -158,10 +158,10 @@ impl Scene {
     }
 
     fn failed(&mut self, reason: &str) -> anyhow::Result<()> {
-        let info: Value = wait_for("the failure", PATIENCE, || {
-            let info = self.vmm.qmp().execute("query-migrate", json!({})).ok()?;
-            (info["status"] == "failed").then_some(info)
-        })?;
+        let info = wait_for("the failure", PATIENCE, || {
+            let info = self.vmm.qmp().execute("query-migrate", json!({}));
+            info.map(|info: Value| (info["status"] == "failed").then_some(info)).transpose()
+        })??;
         let said = info["error-desc"].as_str().unwrap_or_default();
         ensure!(said.contains(reason), "{said}");
         let one = || (self.vmm.processes().len() == 1).then_some(());
