@@ -9,6 +9,7 @@
 //! | the thread's side: the guest's exits | `thread.rs`, `failure.rs` |
 //! | what both share, and the stop protocol | `slot.rs` |
 //! | quick resume of many vCPUs on few CPUs | `turns.rs` |
+//! | a turn's end, and the way to a new guest's door | `turn_timer.rs` |
 //! | one job for all vCPUs | `jobs.rs` |
 //! | waiting without falling asleep | `wait.rs` |
 //! | the order in which state is read and set, and why | `registers.rs`, `msrs.rs`, `cpuid.rs` |
@@ -21,6 +22,7 @@ mod msrs;
 mod registers;
 mod slot;
 mod thread;
+mod turn_timer;
 mod turns;
 mod vcpus;
 mod wait;

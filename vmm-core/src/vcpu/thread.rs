@@ -8,7 +8,8 @@ use oslib::signals::{self, SignalMask, ThreadId};
 use super::event::EventSender;
 use super::failure::Failure;
 use super::slot::{Cpu, Request, Slot, kick_signal};
-use super::turns::{Turn, TurnTimer};
+use super::turn_timer::{TurnTimer, approach_guest};
+use super::turns::Turn;
 use super::{VcpuError, registers};
 use crate::error::KvmError;
 use crate::kvm::{Capabilities, Exit, Vm};
@@ -119,11 +120,7 @@ impl VcpuThread {
     fn create(&self) -> Result<(), VcpuError> {
         let mut vcpu = self.vm.create_vcpu(self.slot.index as u32)?;
         let immediate_exit = vcpu.immediate_exit()?;
-        // The first KVM_RUN of a VM does work that is done once (it starts a kernel thread, for one). Done here, it
-        // is out of the way of the restore; with this flag it runs no instruction and changes no state.
-        immediate_exit.set(true);
-        vcpu.run()?;
-        immediate_exit.set(false);
+        approach_guest(&mut vcpu, thread_mask())?;
         let caps = self.environment.caps;
         let pristine = Some(Box::new(registers::Pristine::of(&vcpu, &caps)?));
         let cpu = Cpu { index: self.slot.index, vcpu, caps, cpuid: None, pristine };
@@ -146,7 +143,7 @@ impl VcpuThread {
     ///
     /// A stop is obeyed only where `KVM_RUN` was interrupted. After an exit that needs an answer the vCPU always enters
     /// once more, with `immediate_exit` set if it is to stop: that completes the instruction.
-    fn run_guest(&self, cpu: &mut Cpu, mut turn: Option<Turn>, timer: &mut TurnTimer) -> bool {
+    fn run_guest(&self, cpu: &mut Cpu, turn: Option<Turn>, timer: &mut TurnTimer) -> bool {
         let Environment { ports, mmio, observer, events, .. } = &self.environment;
         let slot = &*self.slot;
         if slot.take_tell_paused()
@@ -159,12 +156,12 @@ impl VcpuThread {
             return true;
         }
         cpu.pristine = None;
-        // Otherwise the turn lasts until the vCPU leaves by itself.
-        let ends_turn = turn.is_some()
-            && timer.make()
-            && cpu.vcpu.set_signal_mask(Some(TurnTimer::mask(thread_mask()))).is_ok();
+        // What would have no end is no turn.
+        let mut turn = turn.filter(|_| {
+            timer.make() && cpu.vcpu.set_signal_mask(Some(TurnTimer::mask(thread_mask()))).is_ok()
+        });
         observer.first_run(slot.index);
-        if ends_turn {
+        if turn.is_some() {
             // Last of all: a ring that comes before `KVM_RUN` keeps the vCPU from entering.
             timer.start();
         }

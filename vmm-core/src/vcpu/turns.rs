@@ -4,108 +4,130 @@
 //! after a resume each vCPU runs the guest for one short turn and then leaves the CPU to the others; when all have had
 //! theirs, all go on and the system's scheduler does as it likes. A turn ends with the vCPU's first exit, which a timer
 //! of its thread brings about.
+//!
+//! Threads that have been put on a CPU are woken one after the other there, each at the end of the turn before its own: one
+//! that is woken earlier interrupts that turn, or whoever wakes it.
 
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::collections::{BTreeMap, VecDeque};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use nix::sys::signal::{SigEvent, SigevNotify, Signal};
-use nix::sys::time::TimeSpec;
-use nix::sys::timer::{Expiration, Timer, TimerSetTimeFlags};
-use nix::time::ClockId;
-use oslib::signals::{self, SignalMask};
-
 use super::slot::Slot;
-
-/// How long a turn is: long enough for the guest to get somewhere, short against the time that entering takes all of them.
-const TURN: Duration = Duration::from_micros(30);
-
-/// The signal that ends a turn. Threads block it but for `KVM_RUN`: it is taken back without a handler, whose frame on the
-/// stack would cost as much as the turn.
-const TURN_SIGNAL: Signal = Signal::SIGVTALRM;
 
 /// One resume: who is still to be woken, and whose turns have not ended.
 pub(super) struct Turns {
     slots: Arc<[Arc<Slot>]>,
-    /// The first thread that nobody has woken. Nothing until all have work: to one that had none, a wake-up is lost, and
-    /// one that was awake may have begun before.
-    next: AtomicUsize,
-    left: Mutex<usize>,
+    state: Mutex<State>,
     none_left: Condvar,
+}
+
+#[derive(Default)]
+struct State {
+    /// How many turns have not ended.
+    left: usize,
+    /// By vCPU: whether it had a turn, which has ended.
+    ended: Vec<bool>,
+    /// By CPU: the vCPUs whose threads nobody has woken. None until all have work: to a thread that had none, a wake-up
+    /// is lost, and one that was awake may have begun before.
+    asleep: BTreeMap<usize, VecDeque<usize>>,
+    /// By vCPU: where it takes its turn, if it was put there.
+    cpus: Vec<Option<usize>>,
+}
+
+impl State {
+    /// Whose turn is next on this CPU; it counts as woken.
+    fn next_on(&mut self, cpu: usize) -> Option<usize> {
+        let asleep = self.asleep.get_mut(&cpu)?;
+        std::iter::from_fn(|| asleep.pop_front()).find(|&vcpu| !self.ended[vcpu])
+    }
 }
 
 impl Turns {
     pub(super) fn new(slots: &Arc<[Arc<Slot>]>) -> Arc<Self> {
-        Arc::new(Self {
-            slots: Arc::clone(slots),
-            next: AtomicUsize::new(slots.len()),
-            left: Mutex::new(0),
-            none_left: Condvar::new(),
-        })
+        let state =
+            State { ended: vec![false; slots.len()], cpus: vec![None; slots.len()], ..State::default() };
+        Arc::new(Self { slots: Arc::clone(slots), state: Mutex::new(state), none_left: Condvar::new() })
     }
 
-    fn lock(&self) -> MutexGuard<'_, usize> {
-        self.left.lock().unwrap_or_else(PoisonError::into_inner)
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Gives out a turn for each of `count` vCPUs.
-    pub(super) fn give_out(self: &Arc<Self>, count: usize) -> Vec<Turn> {
-        *self.lock() += count;
-        (0..count).map(|_| Turn { turns: Arc::clone(self), ended: false }).collect()
+    /// Gives out a turn for each vCPU, in order.
+    pub(super) fn give_out(self: &Arc<Self>) -> Vec<Turn> {
+        let count = self.slots.len();
+        self.lock().left = count;
+        (0..count).map(|vcpu| Turn { turns: Arc::clone(self), vcpu, ended: false }).collect()
     }
 
-    /// Wakes all vCPUs' threads, which have been given their work. Each vCPU helps at the end of its turn, for it may
-    /// well have taken the CPU of the caller.
-    pub(super) fn wake_all(&self) {
-        self.next.store(0, Ordering::Release);
-        while self.wake_next() {}
-    }
-
-    /// Wakes one thread that nobody has woken; tells whether there was one.
-    fn wake_next(&self) -> bool {
-        let next = self.slots.get(self.next.fetch_add(1, Ordering::AcqRel));
-        next.inspect(|slot| slot.wake()).is_some()
+    /// Has all vCPUs' threads woken, which have been given their work. Where `places` tells the vCPU and the CPU of those
+    /// that were given turns and put somewhere, they wake each other.
+    pub(super) fn wake_all(&self, places: impl Iterator<Item = (usize, usize)>) {
+        let mut state = self.lock();
+        for (vcpu, cpu) in places {
+            state.cpus[vcpu] = Some(cpu);
+            state.asleep.entry(cpu).or_default().push_back(vcpu);
+        }
+        let here = oslib::thread::current_cpu();
+        let mut cpus: Vec<usize> = state.asleep.keys().copied().collect();
+        // Whoever is woken on the caller's CPU takes it.
+        cpus.sort_by_key(|&cpu| Some(cpu) == here);
+        let free: Vec<usize> = (0..self.slots.len()).filter(|&vcpu| state.cpus[vcpu].is_none()).collect();
+        let first: Vec<usize> = cpus.into_iter().filter_map(|cpu| state.next_on(cpu)).collect();
+        drop(state);
+        first.into_iter().chain(free).for_each(|vcpu| self.slots[vcpu].wake());
     }
 
     /// Waits until no turn is left, at most this long.
     pub(super) fn wait_all(&self, limit: Duration) {
-        let left = self.lock();
-        let _ = self.none_left.wait_timeout_while(left, limit, |left| *left > 0);
+        let state = self.lock();
+        let _ = self.none_left.wait_timeout_while(state, limit, |state| state.left > 0);
     }
 
     /// Lets all vCPUs that have had their turns go on, whoever has not.
     pub(super) fn cut_short(&self) {
-        *self.lock() = 0;
+        let mut state = self.lock();
+        state.left = 0;
+        let asleep = std::mem::take(&mut state.asleep);
+        drop(state);
         self.none_left.notify_all();
+        asleep.into_values().flatten().for_each(|vcpu| self.slots[vcpu].wake());
     }
 }
 
 /// One vCPU's turn; it ends when it is dropped, if not before.
 pub(super) struct Turn {
     turns: Arc<Turns>,
+    vcpu: usize,
     ended: bool,
 }
 
 impl Turn {
     /// The vCPU has been in the guest, or will not get there.
     pub(super) fn end(&mut self) {
-        if !std::mem::replace(&mut self.ended, true) {
-            self.turns.wake_next();
-            let mut left = self.turns.lock();
-            *left = left.saturating_sub(1);
-            if *left == 0 {
-                drop(left);
-                self.turns.none_left.notify_all();
-            }
+        if std::mem::replace(&mut self.ended, true) {
+            return;
+        }
+        let mut state = self.turns.lock();
+        state.ended[self.vcpu] = true;
+        state.left = state.left.saturating_sub(1);
+        let none_left = state.left == 0;
+        let next = state.cpus[self.vcpu].and_then(|cpu| state.next_on(cpu));
+        drop(state);
+        if none_left {
+            self.turns.none_left.notify_all();
+        }
+        if let Some(next) = next {
+            self.turns.slots[next].wake();
         }
     }
 
     /// Waits until all vCPUs have had their turns.
     pub(super) fn wait_for_others(mut self) {
         self.end();
-        let mut left = self.turns.lock();
-        while *left > 0 {
-            left = self.turns.none_left.wait(left).unwrap_or_else(PoisonError::into_inner);
+        let mut state = self.turns.lock();
+        while state.left > 0 {
+            state = self.turns.none_left.wait(state).unwrap_or_else(PoisonError::into_inner);
         }
     }
 }
@@ -116,58 +138,25 @@ impl Drop for Turn {
     }
 }
 
-/// Ends the turns of the thread that made it: a POSIX timer, which belongs to the process and the thread.
-#[derive(Default)]
-pub(super) struct TurnTimer(Option<Timer>);
-
-impl TurnTimer {
-    /// The signals that `KVM_RUN` is to block during a turn of a thread that blocks these.
-    pub(super) fn mask(of_thread: SignalMask) -> SignalMask {
-        of_thread.without(TURN_SIGNAL as i32)
-    }
-
-    /// Makes the clock, which takes longer than to start it; tells whether there is one, as the system may refuse it.
-    pub(super) fn make(&mut self) -> bool {
-        if self.0.is_none() {
-            let notify = SigevNotify::SigevThreadId {
-                signal: TURN_SIGNAL,
-                thread_id: nix::unistd::gettid().as_raw(),
-                si_value: 0,
-            };
-            self.0 = Timer::new(ClockId::CLOCK_MONOTONIC, SigEvent::new(notify)).ok();
-        }
-        self.0.is_some()
-    }
-
-    /// Starts the clock, which rings once.
-    pub(super) fn start(&mut self) {
-        self.set(Expiration::OneShot(TimeSpec::from_duration(TURN)));
-    }
-
-    pub(super) fn stop(&mut self) {
-        self.set(Expiration::OneShot(TimeSpec::from_duration(Duration::ZERO)));
-        signals::take_pending(TURN_SIGNAL as i32);
-    }
-
-    fn set(&mut self, when: Expiration) {
-        if let Some(timer) = &mut self.0 {
-            let _ = timer.set(when, TimerSetTimeFlags::empty());
-        }
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use std::sync::mpsc::channel;
 
-    use nix::sys::signal::SigSet;
-
     use super::*;
 
+    const NONE: Vec<usize> = Vec::new();
+
     fn turns(count: usize) -> (Arc<Turns>, Vec<Turn>) {
-        let turns = Turns::new(&Vec::new().into());
-        let given = turns.give_out(count);
+        let slots = (0..count).map(|index| Arc::new(Slot::new(index, Arc::default()))).collect();
+        let turns = Turns::new(&slots);
+        let given = turns.give_out();
         (turns, given)
+    }
+
+    /// Those that nobody has woken, on CPUs 0 and 1.
+    fn asleep(turns: &Turns) -> [Vec<usize>; 2] {
+        let state = turns.lock();
+        [0, 1].map(|cpu| state.asleep.get(&cpu).into_iter().flatten().copied().collect())
     }
 
     #[test]
@@ -195,14 +184,24 @@ mod tests {
     }
 
     #[test]
-    fn nobody_is_woken_before_all_have_work() {
-        let slots = (0..2).map(|index| Arc::new(Slot::new(index, Arc::default()))).collect();
-        let turns = Turns::new(&slots);
-        // Of a thread that was awake when it got its work.
-        turns.give_out(1);
-        assert_eq!(turns.next.load(Ordering::SeqCst), 3, "all were passed over");
-        turns.wake_all();
-        assert!(!turns.wake_next());
+    fn each_turn_wakes_the_next_on_its_cpu() {
+        let (turns, mut given) = turns(7);
+        // One that was awake when it got its work has its turn before anybody is woken.
+        given[2].end();
+        assert_eq!(asleep(&turns), [NONE, NONE]);
+        turns.wake_all([(0, 0), (2, 0), (4, 0), (6, 0), (1, 1), (3, 1)].into_iter());
+        assert_eq!(asleep(&turns), [vec![2, 4, 6], vec![3]]);
+        given[0].end();
+        assert_eq!(asleep(&turns), [vec![6], vec![3]], "vCPU 2 is passed over");
+        // Woken at once, and by nobody's end: it is on no CPU that is known.
+        given[5].end();
+        assert_eq!(asleep(&turns), [vec![6], vec![3]]);
+        given[1].end();
+        assert_eq!(asleep(&turns), [vec![6], NONE]);
+        turns.cut_short();
+        assert_eq!(asleep(&turns), [NONE, NONE], "nobody is left asleep");
+        given.clear();
+        assert_eq!(turns.lock().left, 0);
     }
 
     #[test]
@@ -213,22 +212,5 @@ mod tests {
         turns.cut_short();
         thread.join().unwrap();
         given.pop().unwrap().wait_for_others();
-    }
-
-    #[test]
-    fn the_timer_rings_once_and_leaves_nothing_behind() {
-        let turn = SignalMask::of(&[TURN_SIGNAL as i32]);
-        signals::block(turn).unwrap();
-        let mut timer = TurnTimer::default();
-        assert!(timer.make() && timer.make());
-        for _ in 0..3 {
-            timer.start();
-            SigSet::from(TURN_SIGNAL).wait().unwrap();
-            assert!(!signals::take_pending(TURN_SIGNAL as i32));
-        }
-        timer.start();
-        std::thread::sleep(10 * TURN);
-        timer.stop();
-        assert!(!signals::take_pending(TURN_SIGNAL as i32), "one was left behind");
     }
 }

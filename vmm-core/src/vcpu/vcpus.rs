@@ -186,14 +186,14 @@ impl Vcpus {
     pub fn resume(&self) -> Result<(), MachineError> {
         let process = self.begin_here()?;
         let turns = Turns::new(&self.slots);
-        let mut given = Vec::new();
+        let mut given = None;
         if self.take_turns() {
-            given = turns.give_out(self.count());
+            given = Some(turns.give_out().into_iter());
             *self.turns() = Arc::clone(&turns);
         }
         let mut placed = std::mem::take(&mut *self.placed());
         let posted = self.on_each(|slot| {
-            let turn = given.pop();
+            let turn = given.as_mut().and_then(|given| given.next());
             let takes_turns = turn.is_some();
             match slot.post_run(turn) {
                 // One that has to be started finds its work, and begins. The turn of one that runs already is over, by
@@ -207,11 +207,12 @@ impl Vcpus {
             }
             Ok(())
         });
+        let places = placed.iter().filter(|_| given.is_some()).map(|placed| (placed.index, placed.cpu));
+        turns.wake_all(places);
         // Those after a vCPU that failed got none.
         drop(given);
-        turns.wake_all();
         turns.wait_all(TURNS_WITHIN);
-        // A turn whose timer the system refused may last for ever, and others wait for its end.
+        // Nobody is to wait longer, or to stay asleep.
         turns.cut_short();
         placed.iter().for_each(|placed| self.slots[placed.index].release(placed));
         posted
