@@ -64,6 +64,16 @@ impl Machine {
         Ok(machine)
     }
 
+    /// Follows the guest into `target`, which must answer by now; gives the program that had it.
+    ///
+    /// # Errors
+    /// QMP refuses.
+    pub fn follow(&mut self, mut target: Vmm) -> anyhow::Result<Vmm> {
+        // Capabilities are each program's own.
+        target.set_capability("events")?;
+        Ok(std::mem::replace(&mut self.vmm, target))
+    }
+
     /// Sets a migration parameter.
     ///
     /// # Errors

@@ -343,8 +343,7 @@ fn a_guest_with_devices_moves_to_other_processes() -> anyhow::Result<()> {
             let mut target = builder.start()?;
             let info = machine.vmm.transfer(&mut target)?;
             ensure!(info["cpr"]["generation"] == generation, "{info}");
-            let source = std::mem::replace(&mut machine.vmm, target);
-            source.quit()?;
+            machine.follow(target)?.quit()?;
             ensure!(watch.look(&mut machine)? == machine.vmm.pid());
             ensure!(machine.vmm.stderr().is_empty(), "{}", machine.vmm.stderr());
         }
@@ -531,7 +530,7 @@ fn a_guest_of_the_first_machine_type_goes_on_without_a_bus() -> anyhow::Result<(
     }
     let mut target = VmmBuilder::new().args(&["-M", "microvm"]).target("unix:main.sock").start()?;
     machine.vmm.transfer(&mut target)?;
-    std::mem::replace(&mut machine.vmm, target).quit()?;
+    machine.follow(target)?.quit()?;
     machine.beats_on()?;
     // It has no place for a device, and does not become a later machine.
     for (options, expected) in [

@@ -400,7 +400,7 @@ impl Cell {
         })?;
         match (status.as_deref(), &end) {
             (Some("running"), _) => {
-                let source = std::mem::replace(&mut machine.vmm, target);
+                let source = machine.follow(target)?;
                 if let End::Completed = end {
                     source.quit()?;
                 }
@@ -486,7 +486,7 @@ impl Cell {
         let builder = || self.builder(struck).incoming(&self.uri());
         let mut target = builder().spawn()?;
         if goes_on(&mut target)? {
-            let source = std::mem::replace(&mut machine.vmm, target);
+            let source = machine.follow(target)?;
             if let End::Completed = end {
                 source.quit()?;
             }
@@ -513,7 +513,7 @@ impl Cell {
             return Ok(Expected::Runs(Holder::Source));
         }
         let again = self.builder(false).incoming(&self.uri()).start()?;
-        std::mem::replace(&mut machine.vmm, again).quit()?;
+        machine.follow(again)?.quit()?;
         machine.runner()?;
         machine.verify()?;
         Ok(Expected::Runs(Holder::Storage))
@@ -605,7 +605,7 @@ impl Cell {
             let builder = self.builder(false);
             let mut next = builder.target("unix:main.sock").start()?;
             machine.vmm.transfer(&mut next).with_context(what)?;
-            std::mem::replace(&mut machine.vmm, next).quit()?;
+            machine.follow(next)?.quit()?;
         } else {
             machine.set("cpr-exec-timeout", json!(60_000))?;
             machine.vmm.set_exec(&exec_command(&machine.vmm, None))?;
